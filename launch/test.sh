@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets up .venv/ (or finds it done) and runs the tests. Arguments go to pytest:
+#   bash launch/test.sh                    everything but the slow tests
+#   bash launch/test.sh -m slow            the slow ones; -m "" for all
+#   bash launch/test.sh tests/unit -k canny
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash launch/setup.sh
+# No test may need a network once the packages are in.
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
+exec .venv/bin/python -m pytest "$@"

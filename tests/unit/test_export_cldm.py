@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint, convert_ldm_unet_checkpoint
+
+from tuner.export import cldm, files
+
+SD15: dict[str, Any] = {"cross_attention_dim": 768}
+SMALL: dict[str, Any] = {
+    "block_out_channels": (32, 64, 64, 64),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "layers_per_block": 1,
+}
+TWO_LEVELS: dict[str, Any] = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "block_out_channels": (32, 64),
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+    "layers_per_block": 3,
+    "use_linear_projection": True,
+}
+
+
+def controlnet(options: dict[str, Any], device: str = "cpu") -> ControlNetModel:
+    with torch.device(device):
+        return ControlNetModel(**options)
+
+
+def check_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert sorted(left) == sorted(right)
+    for key, tensor in left.items():
+        assert tensor.shape == right[key].shape, key
+        assert tensor is right[key] or (not tensor.is_meta and torch.equal(tensor, right[key])), key
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "keys"),
+    [(SD15, "meta", 340), (SMALL, "cpu", None), (TWO_LEVELS, "cpu", None)],
+    ids=["sd15", "small", "two levels"],
+)
+def test_controlnet_names_are_those_that_diffusers_converts(
+    options: dict[str, Any], device: str, keys: int | None
+) -> None:
+    model = controlnet(options, device)
+    state = model.state_dict()
+    named = cldm.to_cldm(state, model.config)
+    assert len(named) == len(state) == (keys or len(state)) > 100
+    assert all(key.startswith("control_model.") for key in named)
+    # The values are not touched: the same tensor objects come back under the old names.
+    check_equal(convert_controlnet_checkpoint(dict(named), model.config), state)
+    check_equal(cldm.from_cldm(named, model.config), state)
+    bare = {key.removeprefix(cldm.PREFIX): value for key, value in named.items()}
+    check_equal(cldm.from_cldm(bare, model.config), state)
+
+
+def test_order_of_the_layers_in_sd15() -> None:
+    model = controlnet(SD15, "meta")
+    state = model.state_dict()
+    named = cldm.to_cldm(state, model.config)
+    at = {key.removeprefix(cldm.PREFIX): value for key, value in named.items()}
+    assert at["input_blocks.0.0.weight"] is state["conv_in.weight"]
+    assert at["time_embed.0.weight"] is state["time_embedding.linear_1.weight"]
+    assert at["input_blocks.3.0.op.weight"] is state["down_blocks.0.downsamplers.0.conv.weight"]
+    assert (
+        at["input_blocks.4.0.skip_connection.weight"] is state["down_blocks.1.resnets.0.conv_shortcut.weight"]
+    )
+    assert at["input_blocks.5.1.proj_in.weight"] is state["down_blocks.1.attentions.1.proj_in.weight"]
+    assert at["input_blocks.11.0.in_layers.2.weight"] is state["down_blocks.3.resnets.1.conv1.weight"]
+    assert at["middle_block.2.emb_layers.1.weight"] is state["mid_block.resnets.1.time_emb_proj.weight"]
+    zero = [key for key in at if key.startswith("zero_convs.") and key.endswith(".weight")]
+    assert sorted(zero) == sorted(f"zero_convs.{index}.0.weight" for index in range(12))
+    widths = [at[f"zero_convs.{index}.0.weight"].shape[0] for index in range(12)]
+    assert widths == [320] * 4 + [640] * 3 + [1280] * 5
+    assert at["middle_block_out.0.weight"] is state["controlnet_mid_block.weight"]
+    hints = [key for key in at if key.startswith("input_hint_block.") and key.endswith(".weight")]
+    assert sorted(hints) == sorted(f"input_hint_block.{index}.weight" for index in range(0, 15, 2))
+    shapes = [tuple(at[f"input_hint_block.{index}.weight"].shape[:2]) for index in range(0, 15, 2)]
+    # cldm's own encoder: 3 -> 16, then pairs (same width, next width), then the UNet's width.
+    assert shapes == [(16, 3), (16, 16), (32, 16), (32, 32), (96, 32), (96, 96), (256, 96), (320, 256)]
+
+
+def test_diffusers_loads_the_single_file(tmp_path: Path) -> None:
+    model = controlnet(SMALL)
+    model.save_config(tmp_path / "diffusers")
+    named = cldm.to_cldm(model.state_dict(), model.config)
+    path = files.save(tmp_path / "control_sd15_x.safetensors", named, {"format": "pt"})
+    loaded = ControlNetModel.from_single_file(
+        str(path), config=str(tmp_path / "diffusers"), local_files_only=True
+    )
+    check_equal(loaded.state_dict(), model.state_dict())
+
+
+def test_faults_are_named() -> None:
+    model = controlnet(TWO_LEVELS)
+    state = model.state_dict()
+    with pytest.raises(cldm.LayoutError, match="class_embedding.weight: no place"):
+        cldm.to_cldm(state | {"class_embedding.weight": torch.zeros(1)}, model.config)
+    with pytest.raises(cldm.LayoutError, match=r"zero_convs\.7\.0 is missing"):
+        cldm.to_cldm({k: v for k, v in state.items() if "controlnet_down_blocks.7" not in k}, model.config)
+    with pytest.raises(cldm.LayoutError, match="has 2 entries"):
+        cldm.to_cldm(state, dict(model.config, conditioning_embedding_out_channels=(16, 32)))
+    with pytest.raises(cldm.LayoutError, match="layers_per_block"):
+        cldm.to_cldm(state, dict(model.config, layers_per_block=(1, 2)))
+    named = cldm.to_cldm(state, model.config)
+    twice = named | {"time_embed.0.weight": torch.zeros(1)}
+    with pytest.raises(cldm.LayoutError, match="with and without"):
+        cldm.from_cldm(twice, model.config)
+
+
+@pytest.mark.parametrize(("layers", "keys"), [(2, 686), (1, None)])
+def test_unet_names_are_those_that_diffusers_converts(layers: int, keys: int | None) -> None:
+    with torch.device("meta"):
+        model = UNet2DConditionModel(cross_attention_dim=768, layers_per_block=layers)
+    state = model.state_dict()
+    named = cldm.rename(state, cldm.unet_names(model.config))
+    assert len(named) == len(state) == (keys or len(state)) > 300
+    checkpoint = {f"model.diffusion_model.{key}": value for key, value in named.items()}
+    check_equal(convert_ldm_unet_checkpoint(checkpoint, dict(model.config)), state)
+    check_equal(cldm.rename(named, cldm.inverse(cldm.unet_names(model.config))), state)

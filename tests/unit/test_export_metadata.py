@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tuner.export import files, metadata
+
+LORA = {
+    "rank": 4,
+    "alpha": 8,
+    "resolution": 128,
+    "prediction_type": "epsilon",
+    "trigger_phrase": "sketch style",
+}
+
+
+def a_recipe(root: Path, output: str) -> dict[str, Any]:
+    return {
+        "base": {"path": str(root / "models" / "small-sd"), "vae": f"{root}/vae/"},
+        "method": {"lora": {"rank": 4, "init": f"{root}/older/x.safetensors"}},
+        "data": {
+            "source": [{"path": str(root / "pictures" / "sketches")}, "lambdalabs/naruto"],
+            "resolution": 128,
+            "cache": str(root / "cache"),
+        },
+        "train": {"steps": 10, "threads": 2, "learning_rate": 1e-4},
+        "log": {"folder": str(root / "log")},
+        "output": output,
+    }
+
+
+def built(recipe: dict[str, Any], **changes: Any) -> dict[str, str]:
+    base, source = recipe["base"]["path"], recipe["data"]["source"][0]["path"]
+    return metadata.build(
+        "lora",
+        **{
+            "name": "sketch",
+            "recipe_text": metadata.recipe_text(recipe),
+            "versions": {"torch": "2.13.0", "diffusers": "0.42.1"},
+            "base_name": base,
+            "base_digest": "b" * 64,
+            "data_digests": {source: "d" * 64},
+            "extra": LORA,
+            **changes,
+        },
+    )
+
+
+def test_two_places_and_outputs_give_equal_metadata_without_a_trace_of_either(tmp_path: Path) -> None:
+    alice, bob = tmp_path / "home" / "alice", tmp_path / "bob" / "deep"
+    first = built(a_recipe(alice, str(alice / "runs" / "one")))
+    assert first == built(a_recipe(bob, "runs/two"))
+    text = json.dumps(first)
+    for trace in ("alice", "bob", str(tmp_path), "home", "runs", "cache", "threads"):
+        assert trace not in text, trace
+    assert json.loads(first["tuner.base"]) == {"name": "small-sd", "digest": "b" * 64}
+    assert json.loads(first["tuner.data"]) == {"sketches": "d" * 64}
+    assert json.loads(first["tuner.recipe"]) == {
+        "base": {"path": "small-sd", "vae": "vae"},
+        "method": {"lora": {"rank": 4, "init": "x.safetensors"}},
+        "data": {"source": [{"path": "sketches"}, "lambdalabs/naruto"], "resolution": 128},
+        "train": {"steps": 10, "learning_rate": 1e-4},
+    }
+
+
+def test_keys_of_a_lora() -> None:
+    found = built(a_recipe(Path("/somewhere"), "out"))
+    own = {key: value for key, value in found.items() if not key.startswith("tuner.")}
+    assert own == {
+        "format": "pt",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.prediction_type": "epsilon",
+        "modelspec.resolution": "128x128",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.title": "sketch",
+        "modelspec.trigger_phrase": "sketch style",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_alpha": "8.0",
+        "ss_network_dim": "4",
+        "ss_network_module": "networks.lora",
+        "ss_output_name": "sketch",
+        "ss_v2": "False",
+    }
+    assert list(found) == sorted(found)
+    assert sorted(set(found) - set(own)) == ["tuner.base", "tuner.data", "tuner.recipe", "tuner.versions"]
+    assert json.loads(found["tuner.versions"]) == {"torch": "2.13.0", "diffusers": "0.42.1"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture"),
+    [
+        ("textual_inversion", "stable-diffusion-v1/textual-inversion"),
+        ("controlnet", "stable-diffusion-v1/controlnet"),
+        ("full", "stable-diffusion-v1"),
+    ],
+)
+def test_other_kinds(kind: metadata.Kind, architecture: str) -> None:
+    found = metadata.build(
+        kind,
+        name="x",
+        recipe_text="{}",
+        versions={},
+        base_name="owner/name",
+        base_digest="b",
+        data_digests={},
+        extra={"resolution": (640, 512), "prediction_type": "v_prediction"},
+    )
+    assert found["modelspec.architecture"] == architecture
+    assert found["modelspec.resolution"] == "640x512" and found["modelspec.prediction_type"] == "v"
+    assert json.loads(found["tuner.base"])["name"] == "owner/name"
+    assert not any(key.startswith("ss_") for key in found)
+
+
+def test_faults_are_named() -> None:
+    recipe = a_recipe(Path("/somewhere"), "out")
+    with pytest.raises(metadata.MetadataError, match="unknown metadata autor"):
+        built(recipe, extra={**LORA, "autor": "x"})
+    with pytest.raises(metadata.MetadataError, match="unknown family 'sd9'"):
+        built(recipe, extra={**LORA, "family": "sd9"})
+    with pytest.raises(metadata.MetadataError, match="rank and alpha"):
+        built(recipe, extra={"rank": 4})
+
+
+def test_relative_paths_that_exist_are_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "alice" / "pictures").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    recipe = {"base": "alice/pictures", "data": {"source": "alice/pictures/"}, "train": {"steps": 1}}
+    assert metadata.scrub(recipe) == {
+        "base": "pictures",
+        "data": {"source": "pictures"},
+        "train": {"steps": 1},
+    }
+    monkeypatch.chdir(tmp_path / "alice")
+    assert metadata.scrub({"base": "alice/pictures"}) == {"base": "alice/pictures"}  # a name on the Hub here
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("/home/alice/set", "set"),
+        ("../alice/set/", "set"),
+        ("./set", "set"),
+        ("~/set", "set"),
+        ("~alice", "local"),
+        ("~", "local"),
+        ("..", "local"),
+        ("/", "local"),
+        ("C:\\Users\\alice\\set", "set"),
+        ("C:\\", "local"),
+        ("file:///home/alice/set", "set"),
+        ("owner/name", "owner/name"),
+        ("embedded", "embedded"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        ("...and so on", "...and so on"),
+        ("a caption, " * 2000 + "red/blue", "a caption, " * 2000 + "red/blue"),
+    ],
+)
+def test_local_name(text: str, name: str) -> None:
+    assert metadata.local_name(text) == name
+
+
+def test_scrub_leaves_the_recipe_as_it_was() -> None:
+    recipe = a_recipe(Path("/home/alice"), "out")
+    before = json.dumps(recipe)
+    metadata.scrub(recipe)
+    assert json.dumps(recipe) == before
+
+
+def test_no_environment_goes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = a_recipe(Path("/somewhere"), "out")
+    first = built(recipe)
+    for name in ("USER", "LOGNAME", "HOSTNAME", "HOME", "TZ"):
+        monkeypatch.setenv(name, "planted")
+    assert os.environ["USER"] == "planted"
+    assert built(recipe) == first
+
+
+def test_the_hash_is_that_of_the_files_data(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3), "a": torch.randn(2, 2).half()}
+    signed = metadata.with_hash({"z": "1"}, tensors)
+    assert list(signed) == ["modelspec.hash_sha256", "z"]
+    assert signed["modelspec.hash_sha256"] == "0x" + files.data_digest(tensors)
+    path = files.save(tmp_path / "x", tensors, signed)
+    assert files.load(path)[1] == signed

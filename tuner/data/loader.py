@@ -1,0 +1,190 @@
+"""Batches, drawn as functions of (seed, epoch, position) and cut out of the plan for one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from tuner import counted
+from tuner.batch import Batch
+from tuner.data import conditions, pictures
+from tuner.data.cache import Store
+from tuner.data.captions import CaptionRule
+from tuner.data.plan import Plan, Slot, share
+from tuner.data.sources import Sample
+from tuner.errors import UserError
+from tuner.family import Moments
+from tuner.text import Text, Tokens
+
+Picture = pictures.Picture
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Shape of the latents and the cache they are read from, if they are cached."""
+
+    channels: int
+    factor: int
+    store: Store | None = None
+    names: Sequence[tuple[str, str]] = ()  # for each sample, its entry as it is and mirrored
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How captions become tokens, and the cache of their encodings, if they are cached."""
+
+    tokenize: Callable[[Sequence[str]], Tokens] | None
+    store: Store | None = None
+    name: Callable[[str], str] | None = None  # caption -> entry
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Everything that turns a slot of the plan into a training sample; goes to the loader's workers.
+
+    Attributes:
+        condition: a kind of condition, `image` for given condition pictures, None for none.
+        flip: mirror half of the samples; crop: `center` or `random`.
+        u: overrides the timestep's random number, for the fixed grid of the validation.
+    """
+
+    samples: Sequence[Sample]
+    size: int
+    seed: int
+    captions: CaptionRule
+    latents: Latents
+    texts: Texts
+    condition: str | None = None
+    flip: bool = False
+    crop: str = "center"
+    u: Callable[[Slot], float] | None = None
+
+    def transform(self, slot: Slot) -> pictures.Transform:
+        """The geometric transform of a sample, for its picture and its condition alike."""
+        at = (self.seed, slot.epoch, slot.position)
+        flip = self.flip and counted.uniform(*at, "flip") < 0.5
+        if self.crop == "random":
+            return pictures.Transform(
+                self.size, counted.uniform(*at, "crop across"), counted.uniform(*at, "crop down"), flip
+            )
+        return pictures.Transform(self.size, flip=flip)
+
+    def picture(self, slot: Slot) -> Picture:
+        """The pixels that are trained on, uint8 [size, size, 3]."""
+        return self.transform(slot)(pictures.load(self.samples[slot.sample].path))
+
+    def condition_picture(self, slot: Slot, picture: Picture | None) -> Picture:
+        """The condition of a sample, uint8 [size, size, 3], aligned with picture()."""
+        assert self.condition is not None
+        sample = self.samples[slot.sample]
+        if self.condition != "image":
+            return conditions.maker(self.condition)(self.picture(slot) if picture is None else picture)
+        if sample.condition is None:
+            raise UserError(f"{sample.path}: no conditioning_image, which condition: image asks for")
+        return self.transform(slot)(pictures.load(sample.condition))
+
+    def batch(self, slots: Sequence[Slot], total: float) -> Batch:
+        """The batch of some slots; `total` is the sum of weights of the whole optimiser step."""
+        cached = self.latents.store is not None
+        pixels = None if cached else [self.picture(slot) for slot in slots]
+        condition = None
+        if self.condition is not None:
+            made = [
+                self.condition_picture(s, None if pixels is None else pixels[i]) for i, s in enumerate(slots)
+            ]
+            condition = torch.from_numpy(np.stack([pictures.to_unit(p) for p in made]))
+        captions = tuple(
+            self.captions(self.samples[s.sample].captions, self.seed, s.epoch, s.position) for s in slots
+        )
+        side = self.size // self.latents.factor
+        shape = (self.latents.channels, side, side)
+        return Batch(
+            names=tuple(str(self.samples[s.sample].path) for s in slots),
+            captions=captions,
+            weight=torch.tensor([s.weight for s in slots], dtype=torch.float32),
+            total=total,
+            u=torch.tensor([self._u(s) for s in slots], dtype=torch.float64),
+            noise=self._normal(shape, slots, "noise"),
+            posterior=self._normal(shape, slots, "posterior"),
+            pixels=None
+            if pixels is None
+            else torch.from_numpy(np.stack([pictures.to_signed(p) for p in pixels])),
+            moments=self._moments(slots) if cached else None,
+            tokens=self._tokens(captions),
+            text=self._text(captions),
+            condition=condition,
+        )
+
+    def _u(self, slot: Slot) -> float:
+        if self.u is not None:
+            return self.u(slot)
+        return counted.uniform(self.seed, slot.epoch, slot.position, "timestep")
+
+    def _normal(self, shape: tuple[int, ...], slots: Sequence[Slot], purpose: str) -> torch.Tensor:
+        drawn = [counted.normal(shape, self.seed, s.epoch, s.position, purpose) for s in slots]
+        return torch.from_numpy(np.stack(drawn))
+
+    def _moments(self, slots: Sequence[Slot]) -> Moments:
+        assert self.latents.store is not None
+        names = [self.latents.names[s.sample][self.transform(s).flip] for s in slots]
+        both = torch.stack([self.latents.store.read(name) for name in names])
+        mean, std = both.chunk(2, dim=1)
+        return Moments(mean, std)
+
+    def _tokens(self, captions: Sequence[str]) -> Tokens | None:
+        if self.texts.tokenize is None or self.texts.store is not None:
+            return None
+        return self.texts.tokenize(captions)
+
+    def _text(self, captions: Sequence[str]) -> Text | None:
+        if self.texts.store is None or self.texts.name is None:
+            return None
+        return Text(torch.stack([self.texts.store.read(self.texts.name(c)) for c in captions]))
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a step's batch is divided."""
+
+    accumulate: int = 1
+    processes: int = 1
+    rank: int = 0
+
+
+class _Steps(Dataset[Batch]):
+    """Micro-batches of one process, by (step, micro)."""
+
+    def __init__(self, feed: Feed, plan: Plan, division: Division) -> None:
+        self.feed, self.plan, self.division = feed, plan, division
+
+    def __getitem__(self, index: int) -> Batch:
+        step, micro = divmod(index, self.division.accumulate)
+        slots = self.plan.step(step)
+        mine = share(slots, micro, self.division.rank, self.division.accumulate, self.division.processes)
+        return self.feed.batch(mine, sum(slot.weight for slot in slots))
+
+
+def stream(
+    feed: Feed, plan: Plan, division: Division, start: int, stop: int, workers: int, pin: bool = False
+) -> Iterator[Batch]:
+    """The micro-batches of steps start..stop-1 of one process, in order; start > 0 continues a run."""
+    wanted = range(start * division.accumulate, stop * division.accumulate)
+    loader: DataLoader[Batch] = DataLoader(
+        _Steps(feed, plan, division),
+        batch_size=None,
+        sampler=wanted,
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=False,
+    )
+    return iter(loader)
+
+
+def load_uint8(path: Path, size: int) -> Picture:
+    """A picture at the training resolution, centred: uint8 [size, size, 3]."""
+    return pictures.Transform(size)(pictures.load(path))

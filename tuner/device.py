@@ -1,0 +1,38 @@
+"""The machine a run finds: precision, threads, processes."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from accelerate import Accelerator
+
+from tuner.progress import say
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 itself (AVX512_BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def precision(asked: str) -> str:
+    """What `auto` means here: bf16 where the hardware computes in it, else fp32."""
+    if asked != "auto":
+        return asked
+    has = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu_has_bf16()
+    return "bf16" if has else "fp32"
+
+
+def start(asked: str, threads: int | None) -> Accelerator:
+    """The accelerator in the recipe's precision, whatever the launcher says, and the CPU's threads."""
+    chosen = precision(asked)
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    accelerator = Accelerator(mixed_precision="no" if chosen == "fp32" else chosen)
+    if launcher not in (None, "no") and launcher != chosen:
+        say(f"the launcher asks for {launcher}; the recipe's precision is used: {chosen}")
+    if accelerator.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local))
+    return accelerator

@@ -1,0 +1,105 @@
+"""Does a ControlNet follow its condition? Edge F1 between floor and ceiling, and what it costs the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from tuner.data.pictures import to_signed
+from tuner.evaluate.edges import canny, edge_f1
+from tuner.evaluate.measures import Look, Picture, Values, judged, table, without_records
+from tuner.sample import sheet, to_pictures
+
+SHOWN = 8
+
+
+def fidelity(pictures: Sequence[Picture], edges: Sequence[Picture]) -> dict[str, float]:
+    """Mean F1 of the pictures' edges (denoised for measuring only) against the condition's."""
+    found = [canny(picture, smooth=True) for picture in pictures]
+    strict = [edge_f1(f, e[:, :, 0], 0) for f, e in zip(found, edges, strict=True)]
+    tolerant = [edge_f1(f, e[:, :, 0], 1) for f, e in zip(found, edges, strict=True)]
+    return {"strict F1": float(np.mean(strict)), "F1 within 1 pixel": float(np.mean(tolerant))}
+
+
+def measure(look: Look) -> dict[str, Values]:
+    """Edge fidelity with the right prompt and with none, beside floor and ceiling; the judge's figures."""
+    if look.heldout.condition != "canny":
+        return {}
+    originals = look.originals()
+    edges = [
+        look.heldout.condition_picture(slot, picture)
+        for slot, picture in zip(look.slots(), originals, strict=True)
+    ]
+    right = look.prompts("long")
+    none = [""] * len(right)
+    pictures = {
+        "right prompt": look.sampler.pictures(right, edges),
+        "no prompt": look.sampler.pictures(none, edges),
+        "base, right prompt (floor)": look.sampler.pictures(right, adapted=False),
+        "base, no prompt (floor)": look.sampler.pictures(none, adapted=False),
+        "autoencoder round trip (ceiling)": _round_trip(look, originals),
+    }
+    rows = {name: fidelity(made, edges) for name, made in pictures.items()}
+    ceiling = rows["autoencoder round trip (ceiling)"]
+    way = {}
+    for prompt, floor in (
+        ("right prompt", "base, right prompt (floor)"),
+        ("no prompt", "base, no prompt (floor)"),
+    ):
+        way[prompt] = {
+            column: (rows[prompt][column] - rows[floor][column]) / (ceiling[column] - rows[floor][column])
+            for column in ceiling
+        }
+    key = "F1 within 1 pixel"
+    verdict = (
+        f"of the way from floor to ceiling (F1 within 1 pixel): {way['right prompt'][key]:.0%} with the right prompt, "
+        f"{way['no prompt'][key]:.0%} with none"
+    )
+    place = look.output / "evaluation" / "edges.png"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    columns = {"condition": edges, **pictures, "original": originals}
+    sheet({n: list(p[:SHOWN]) for n, p in columns.items()}, right[:SHOWN]).save(place)
+    rows |= {f"way, {prompt}": values for prompt, values in way.items()}
+    found = {"edges followed": table(rows, verdict, picture="evaluation/edges.png")}
+    named = look.named("long")
+    if named is None:
+        without_records("ControlNet")
+        return found
+    judge = {n: judged(pictures[n], named) for n in ("right prompt", "base, right prompt (floor)")}
+    judge["autoencoder round trip (ceiling)"] = judged(pictures["autoencoder round trip (ceiling)"], named)
+    colour, base = judge["right prompt"]["colour"], judge["base, right prompt (floor)"]["colour"]
+    verdict = (
+        f"colours named in the prompt right: {colour:.0%} with the ControlNet, {base:.0%} with the base alone"
+    )
+    return found | {"prompt obeyed": table(judge, verdict)}
+
+
+def _round_trip(look: Look, originals: Sequence[Picture]) -> list[Picture]:
+    """The originals through the autoencoder."""
+    family = look.sampler.task.family
+    out: list[Picture] = []
+    for start in range(0, len(originals), 16):
+        pixels = torch.from_numpy(np.stack([to_signed(p) for p in originals[start : start + 16]]))
+        out += to_pictures(family.decode_latents(family.encode_images(pixels.to(family.device)).mean))
+    return out
+
+
+def jump(steps: Sequence[int], values: Sequence[float]) -> tuple[int, int, int] | None:
+    """The step at which a fidelity curve jumps: where it passes 10, 50 and 90 % of its whole rise.
+
+    The levels are taken between the mean of the first tenth of the curve (at least one point) and its largest
+    value. None where the curve has fewer than 4 points or rises by less than 0.1.
+    """
+    if len(values) < 4:
+        return None
+    start = float(np.mean(values[: max(1, len(values) // 10)]))
+    rise = max(values) - start
+    if rise < 0.1:
+        return None
+
+    def passes(share: float) -> int:
+        return next(s for s, v in zip(steps, values, strict=True) if v >= start + share * rise)
+
+    return passes(0.1), passes(0.5), passes(0.9)

@@ -1,0 +1,176 @@
+"""What an exported file says about itself: for the tools that list models, and for making it again.
+
+Everything is a function of tensors, recipe, versions and digests. No time, host, user, output folder or
+absolute path goes in, so that two runs write equal files. `modelspec.date`, which the specification
+recommends, is left out for that reason.
+
+modelspec keys: https://github.com/Stability-AI/ModelSpec ; ss_ keys: kohya's sd-scripts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor
+
+from tuner.errors import UserError
+from tuner.export import files
+
+Kind = Literal["lora", "textual_inversion", "controlnet", "full"]
+
+_SUFFIXES: Mapping[Kind, str] = {
+    "lora": "/lora",
+    "textual_inversion": "/textual-inversion",
+    "controlnet": "/controlnet",
+    "full": "",
+}
+_EXPLICIT = re.compile(r"/|[A-Za-z]:/|\.{1,2}(/|$)|~[^/]*(/|$)")
+_EXTRA = ("family", "resolution", "prediction_type", "trigger_phrase", "rank", "alpha")
+
+
+class Labels(NamedTuple):
+    """How the tools name one family of base models."""
+
+    architecture: str  # modelspec.architecture
+    base_version: str  # ss_base_model_version
+    v2: str  # ss_v2
+
+
+FAMILIES: Mapping[str, Labels] = {"sd1": Labels("stable-diffusion-v1", "sd_v1", "False")}
+
+
+class MetadataError(UserError):
+    """Something that the metadata has no place for."""
+
+
+def build(
+    kind: Kind,
+    *,
+    name: str,
+    recipe_text: str,
+    versions: Mapping[str, str],
+    base_name: str,
+    base_digest: str,
+    data_digests: Mapping[str, str],
+    extra: Mapping[str, Any],
+) -> dict[str, str]:
+    """The header's metadata of one exported file; strings by key, sorted.
+
+    `recipe_text` comes from `recipe_text` below, so that it is scrubbed. `extra` may hold `family` ("sd1"),
+    `resolution` (pixels, one number or (width, height)), `prediction_type` ("epsilon", "v_prediction"),
+    `trigger_phrase` (text), and for a LoRA `rank` and `alpha`, as the file's tensors have them.
+
+    Raises:
+        MetadataError: an unknown key in extra, an unknown family, or a LoRA without rank and alpha.
+    """
+    if unknown := sorted(set(extra) - set(_EXTRA)):
+        raise MetadataError(f"unknown metadata {', '.join(unknown)}; known are {', '.join(_EXTRA)}")
+    family = extra.get("family", "sd1")
+    if family not in FAMILIES:
+        raise MetadataError(f"unknown family {family!r}; known are {', '.join(sorted(FAMILIES))}")
+    keys = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": FAMILIES[family].architecture + _SUFFIXES[kind],
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": name,
+        "tuner.recipe": recipe_text,
+        "tuner.versions": _json(versions),
+        "tuner.base": _json({"name": local_name(base_name), "digest": base_digest}),
+        "tuner.data": _json({local_name(source): digest for source, digest in data_digests.items()}),
+    }
+    keys |= _modelspec(extra)
+    if kind == "lora":
+        keys |= _kohya(name, FAMILIES[family], extra)
+    return dict(sorted(keys.items()))
+
+
+def with_hash(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The metadata with `modelspec.hash_sha256`: of the file's bytes after the header."""
+    return dict(sorted({**metadata, "modelspec.hash_sha256": f"0x{files.data_digest(tensors)}"}.items()))
+
+
+def scrub(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe without what differs between two machines or two runs of it.
+
+    Dropped: `output`, `log`, `data.cache`, `train.threads`. A path on this machine, of base, data or anything
+    else, becomes its last part (the digests say what it was); names on the Hub ("owner/name") stay.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in recipe.items():
+        if key in ("output", "log"):
+            continue
+        if isinstance(value, Mapping):
+            dropped = {"data": "cache", "train": "threads"}.get(key)
+            value = {inner: item for inner, item in value.items() if inner != dropped}
+        kept[key] = _shorten(value)
+    return kept
+
+
+def recipe_text(recipe: Mapping[str, Any]) -> str:
+    """The scrubbed recipe as JSON with sorted keys (JSON is YAML too)."""
+    return _json(scrub(recipe))
+
+
+def local_name(text: str) -> str:
+    """The last part of a path on this machine; any other text as it is.
+
+    A text is such a path when it is absolute, begins with a folder `.`, `..` or `~`, or has a `/` and
+    something lies there; so "owner/name" stays a name on the Hub.
+    """
+    path = text.removeprefix("file://")
+    plain = path.replace("\\", "/")
+    explicit = path != text or _EXPLICIT.match(plain) is not None
+    # os.path.exists, not Path.exists: the latter raises where a long caption could be no path at all.
+    if not explicit and not ("/" in plain and os.path.exists(path)):
+        return text
+    last = plain.rstrip("/").rpartition("/")[2]
+    # "~", ".." and a drive have no name of their own, and what they stand for differs between machines.
+    return "local" if not last.strip(".") or last.startswith("~") or last.endswith(":") else last
+
+
+def _shorten(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _shorten(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shorten(item) for item in value]
+    if isinstance(value, (str, Path)):
+        return local_name(str(value))
+    return value
+
+
+def _modelspec(extra: Mapping[str, Any]) -> dict[str, str]:
+    keys: dict[str, str] = {}
+    if "resolution" in extra:
+        size = extra["resolution"]
+        width, height = (size, size) if isinstance(size, int) else size
+        keys["modelspec.resolution"] = f"{width}x{height}"
+    if "prediction_type" in extra:
+        # The specification writes "v" where diffusers writes "v_prediction".
+        keys["modelspec.prediction_type"] = str(extra["prediction_type"]).removesuffix("_prediction")
+    if "trigger_phrase" in extra:
+        keys["modelspec.trigger_phrase"] = str(extra["trigger_phrase"])
+    return keys
+
+
+def _kohya(name: str, labels: Labels, extra: Mapping[str, Any]) -> dict[str, str]:
+    """The keys by which A1111, Forge and kohya recognise a LoRA and its base (weights load without)."""
+    if "rank" not in extra or "alpha" not in extra:
+        raise MetadataError("a LoRA's metadata needs its rank and alpha")
+    return {
+        "ss_base_model_version": labels.base_version,
+        "ss_v2": labels.v2,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(int(extra["rank"])),
+        "ss_network_alpha": str(float(extra["alpha"])),
+        "ss_output_name": name,
+    }
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)

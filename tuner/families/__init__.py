@@ -1,0 +1,1 @@
+"""Base-model families, one file each, found by file name."""

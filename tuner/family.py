@@ -1,0 +1,144 @@
+"""What a base-model family offers. A family holds the frozen networks and is deliberately not an nn.Module."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tuner.text import Text, Tokens
+
+
+class Moments(NamedTuple):
+    """The autoencoder's posterior of pictures, already scaled and shifted into the denoiser's space."""
+
+    mean: Tensor  # [B, C, h, w]
+    std: Tensor  # [B, C, h, w]
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """A latent [B, C, h, w] of the posterior, from standard normal noise of that shape."""
+        return self.mean + self.std * noise
+
+
+class Cond(NamedTuple):
+    """Everything a denoiser is told besides the noisy latent and the time."""
+
+    text: Text
+    time_ids: Tensor | None = None  # [B, 6]
+    concat: Tensor | None = None  # [B, k, h, w]
+
+
+class Control(NamedTuple):
+    """What a control branch adds to the denoiser."""
+
+    down: tuple[Tensor, ...]
+    middle: Tensor
+
+
+class Family(ABC):
+    """A base model: its frozen networks and how they are called.
+
+    Attributes:
+        name: the family's file name, for instance `sd1`.
+        version: how the web UIs name the family in a ControlNet's file name, for instance `sd15`.
+        factor: pixels a latent cell covers along one side (8).
+        latent_channels: channels of the latent (4).
+        scheduler_config: the base's own diffusion schedule, as its config says it.
+        title: the base's name as exports tell it: no path.
+        digests: a hash of each loaded component's files, by the component's name.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[str]
+    factor: int
+    latent_channels: int
+    scheduler_config: Mapping[str, Any]
+    device: torch.device
+    title: str
+    digests: dict[str, str]
+
+    @abstractmethod
+    def modules(self) -> dict[str, nn.Module]:
+        """The loaded networks by their diffusers component names."""
+
+    @abstractmethod
+    def tokenize(self, captions: Sequence[str]) -> Tokens:
+        """Captions -> Tokens: ids [B, W, 77], end positions [B, W], cut counts."""
+
+    @abstractmethod
+    def add_tokens(self, names: Sequence[str]) -> list[int]:
+        """Add words to the tokeniser; their ids lie behind the frozen table.
+
+        Raises:
+            UserError: a name is a token already.
+        """
+
+    @abstractmethod
+    def encode_images(self, pixels: Tensor) -> Moments:
+        """[B, 3, H, W] in [-1, 1] -> Moments; without gradients, outside autocast, in float32."""
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, 3, H, W] in [-1, 1]; without gradients, in float32."""
+
+    @abstractmethod
+    def encode_prompts(self, tokens: Tokens, rows: Tensor | None = None) -> Text:
+        """Tokens -> Text; differentiable in `rows` [n, D] (the added tokens' vectors) and in text adapters."""
+
+    @abstractmethod
+    def condition(self, text: Text) -> Cond:
+        """What the denoiser is told, from encoded captions."""
+
+    @abstractmethod
+    def predict(
+        self, denoiser: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, control: Control | None = None
+    ) -> Tensor:
+        """The denoiser's output [B, C, h, w] at x_t [B, C, h, w], t [B]."""
+
+    @abstractmethod
+    def control_branch(self, conditioning_channels: int) -> nn.Module:
+        """A trainable clone of the denoiser's encoder and middle block with zero convolutions."""
+
+    @abstractmethod
+    def control(self, branch: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, picture: Tensor) -> Control:
+        """What a control branch adds; picture [B, k, H, W] in [0, 1]."""
+
+    @abstractmethod
+    def pipeline(self, control: nn.Module | None = None) -> Any:
+        """A diffusers pipeline around the same networks, for sampling only."""
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> nn.Module:
+        """The network that predicts."""
+
+    @property
+    @abstractmethod
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by component name."""
+
+    @abstractmethod
+    def embedding(self, encoder: str) -> nn.Embedding:
+        """The input embedding [V, D] of a text encoder."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the networks."""
+        self.device = device
+        for module in self.modules().values():
+            module.to(device)
+
+    def cast(self, dtype: torch.dtype, trained: Iterable[nn.Parameter]) -> None:
+        """Hold what is frozen in a lower precision; the autoencoder and what is trained stay in float32."""
+        kept = {id(parameter) for parameter in trained}
+        for name, module in self.modules().items():
+            for tensor in [*module.parameters(), *module.buffers()] if name != "vae" else []:
+                if id(tensor) not in kept and tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+
+    def freeze(self) -> None:
+        """No parameter of the base gets a gradient; dropout is off."""
+        for module in self.modules().values():
+            module.requires_grad_(False).eval()

@@ -1,0 +1,144 @@
+"""What a method offers: which tensors are trained, what the step computes, what is written at the end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tuner.batch import Batch
+from tuner.export.metadata import Kind, with_hash
+from tuner.family import Cond, Family
+from tuner.text import Text, Tokens
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an export says about itself."""
+
+    name: str  # the export's file stem
+    dtype: torch.dtype
+    metadata: Mapping[Kind, Mapping[str, str]] = field(default_factory=dict)  # by the method's kind
+
+    def cast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in the export's precision, on the CPU; whole numbers stay."""
+        return {
+            name: tensor.detach().to("cpu", self.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in tensors.items()
+        }
+
+    def header(self, kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """The metadata of a file of these tensors."""
+        return with_hash(self.metadata[kind], tensors) if kind in self.metadata else {}
+
+
+class Method(nn.Module):
+    """A way to adapt a base. Its parameters with requires_grad are exactly what is trained.
+
+    Class attributes:
+        kind: what its exports are, in metadata's terms.
+        NEEDS: the base's components that the method loads.
+        COMBINES: other methods that may stand beside it in a recipe.
+        DROP_CAPTIONS: the default share of captions replaced by the empty one.
+        WHOLE_STEP: the method replaces the diffusion step by its own `loss`.
+        CACHES_LATENTS, CACHES_TEXT: the frozen encoders' outputs do not change while it trains.
+    """
+
+    kind: ClassVar[Kind]
+    NEEDS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
+    COMBINES: ClassVar[tuple[str, ...]] = ()
+    DROP_CAPTIONS: ClassVar[float] = 0.0
+    WHOLE_STEP: ClassVar[bool] = False
+    CACHES_LATENTS: ClassVar[bool] = True
+    CACHES_TEXT: ClassVar[bool] = True
+
+    def __init__(self, config: Any, family: Family, seed: int) -> None:
+        """Build what is trained, from `seed` alone.
+
+        Raises:
+            UserError: the configuration does not fit the base.
+        """
+        super().__init__()
+        self.config = config
+
+    def encode(self, family: Family, tokens: Tokens) -> Text:
+        """Captions as the adapted base reads them; the frozen text encoder's output here."""
+        with torch.no_grad():
+            return family.encode_prompts(tokens)
+
+    @property
+    def condition(self) -> str | None:
+        """The kind of condition picture that the method looks at; None for none."""
+        return None
+
+    def labels(self) -> dict[str, Any]:
+        """What the metadata tells besides: trigger phrase, rank, alpha."""
+        return {}
+
+    def check_captions(self, captions: set[str]) -> list[str]:
+        """Those of the captions that the method cannot learn from."""
+        return []
+
+    def predict(self, family: Family, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch) -> Tensor:
+        """The adapted base's prediction [B, C, h, w]."""
+        return family.predict(family.denoiser, x_t, t, cond)
+
+    def loss(self, family: Family, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The whole step of a method with WHOLE_STEP: a loss for each sample [B], and figures to log."""
+        raise AssertionError("only methods with WHOLE_STEP are asked for a loss")
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by name, in a fixed order."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups; a group without `lr` gets the recipe's learning rate."""
+        return [{"params": list(self.trained().values())}]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained tensors, nothing else; what a checkpoint holds."""
+        return {name: p.detach() for name, p in self.trained().items()}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Put tensors() of an earlier run back, bitwise."""
+        own = self.trained()
+        assert own.keys() == tensors.keys(), sorted(own.keys() ^ tensors.keys())[:5]
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def train_mode(self, on: bool) -> None:
+        """Dropout and the like, on for training, off for looking."""
+        self.train(on)
+
+    @contextmanager
+    def off(self, family: Family) -> Iterator[None]:
+        """Within it the base works as if the method were not there."""
+        yield
+
+    def control_branch(self) -> nn.Module | None:
+        """The branch that sampling needs beside the base, if the method has one."""
+        return None
+
+    def export(self, family: Family, folder: Path, card: Card) -> list[Path]:
+        """Write what was trained in every tool's format; each file appears whole. Returns the files."""
+        raise AssertionError("every method exports")
+
+    def replacements(self) -> tuple[tuple[str, str], ...]:
+        """Words in captions and prompts that the method puts others in place of, in this order."""
+        return ()
+
+
+def public_config(module: nn.Module) -> dict[str, Any]:
+    """A network's configuration as its library writes it into config.json."""
+    config: Any = module.config
+    if hasattr(config, "to_dict"):  # transformers
+        return {"architectures": [type(module).__name__], **config.to_dict(), "dtype": "float32"}
+    text: str = module.to_json_string()  # type: ignore[operator,assignment]
+    return dict(json.loads(text))

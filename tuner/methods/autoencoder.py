@@ -1,0 +1,118 @@
+"""The KL autoencoder itself, trained whole: how a base's latent space is made (arXiv 2112.10752, section 3.1)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from tuner.batch import Batch
+from tuner.block import Block
+from tuner.errors import UserError
+from tuner.export.component import save_component
+from tuner.export.metadata import Kind
+from tuner.family import Family
+from tuner.method import Card, Method, public_config
+
+
+class Config(Block):
+    """The recipe's block."""
+
+    crop: int | None = Field(
+        None,
+        gt=0,
+        description="side of a random crop that is trained on, in pixels; all of the picture if absent",
+    )
+    l1: float = Field(1.0, ge=0, description="weight of the absolute error")
+    mse: float = Field(1.0, ge=0, description="weight of the squared error")
+    kl: float = Field(1e-6, ge=0, description="weight of the Kullback-Leibler term, per latent value")
+
+
+class Autoencoder(Method):
+    """Trains encoder and decoder on pixels; nothing else of the base is loaded."""
+
+    kind: ClassVar[Kind] = "full"
+    NEEDS: ClassVar[tuple[str, ...]] = ("vae",)
+    WHOLE_STEP: ClassVar[bool] = True
+    CACHES_LATENTS: ClassVar[bool] = False
+
+    config: Config
+
+    def __init__(self, config: Config, family: Family, seed: int) -> None:
+        super().__init__(config, family, seed)
+        self.vae = family.modules()["vae"].requires_grad_(True)
+        if config.crop is not None and config.crop % family.factor:
+            raise UserError(
+                f"method.autoencoder.crop: {config.crop} is no multiple of the factor {family.factor}"
+            )
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # count, sum, sum of squares
+
+    def loss(self, family: Family, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstruction and KL terms of each sample [B]."""
+        assert batch.pixels is not None
+        pixels, noise = self._crop(family, batch)
+        posterior = self.vae.encode(pixels).latent_dist  # type: ignore[operator]
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        latents = mean + torch.exp(0.5 * logvar) * noise
+        seen = self.vae.decode(latents).sample.float()  # type: ignore[operator]
+        error = seen - pixels
+        kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
+        self._count(latents)
+        each = self.config.l1 * _mean(error.abs()) + self.config.mse * _mean(error.square())
+        psnr = -10 * torch.log10(_mean(error.square()) / 4).mean()  # the pixels' range is 2
+        return each + self.config.kl * _mean(kl), {
+            "psnr": psnr.detach(),
+            "latent_std": latents.detach().std(),
+        }
+
+    def _crop(self, family: Family, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The crop of each picture that batch.u chooses, and posterior noise of its size."""
+        assert batch.pixels is not None
+        side, size = self.config.crop, batch.pixels.shape[-1]
+        if side is None or side >= size:
+            return batch.pixels, batch.posterior
+        places = size - side + 1
+        crops = []
+        for picture, u in zip(batch.pixels, batch.u.tolist(), strict=True):
+            top = int(u * places)
+            left = int((u * places - top) * places)
+            crops.append(picture[:, top : top + side, left : left + side])
+        cells = side // family.factor
+        return torch.stack(crops), batch.posterior[..., :cells, :cells]
+
+    def _count(self, latents: Tensor) -> None:
+        """A slowly forgetting measure of the latents' scale, for scaling_factor."""
+        if not self.training:
+            return
+        values = latents.detach().double()
+        new = torch.stack(
+            [torch.tensor(float(values.numel())), values.sum().cpu(), values.square().sum().cpu()]
+        )
+        self.moments.mul_(0.99).add_(new.to(self.moments))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), "moments": self.moments}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        self.moments.copy_(tensors["moments"])
+        super().load_tensors({name: value for name, value in tensors.items() if name != "moments"})
+
+    def export(self, family: Family, folder: Path, card: Card) -> list[Path]:
+        """The component folder `diffusers/vae`, its scaling_factor the inverse of the latents' deviation."""
+        count, total, squares = self.moments.tolist()
+        config = public_config(self.vae)
+        if count:
+            config["scaling_factor"] = round((squares / count - (total / count) ** 2) ** -0.5, 5)
+        tensors = card.cast(self.vae.state_dict())
+        place = folder / "diffusers" / "vae"
+        return [save_component(place, config, tensors, card.header(self.kind, tensors))]
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.mean(dim=(1, 2, 3))
+
+
+METHOD = Autoencoder

@@ -1,0 +1,173 @@
+"""Pictures from an adapted base, through the diffusers pipelines that users have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from tuner.data.captions import CaptionRule
+from tuner.data.loader import Feed
+from tuner.data.plan import Slot
+from tuner.task import Task
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Picture = npt.NDArray[np.uint8]
+AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How pictures are made: the task's base with or without its methods.
+
+    Attributes:
+        size: pixels of a side.
+        steps: sampling steps (DDIM, arXiv 2010.02502).
+        guidance: scale of classifier-free guidance (arXiv 2207.12598); 1 is none.
+        seed: picture i starts from the noise of seed + i.
+    """
+
+    task: Task
+    accelerator: Accelerator
+    size: int
+    steps: int = 20
+    guidance: float = 5.0
+    negative: str = ""
+    seed: int = 0
+
+    @torch.no_grad()
+    def pictures(
+        self, prompts: Sequence[str], conditions: Sequence[Picture] | None = None, adapted: bool = True
+    ) -> list[Picture]:
+        """One picture for each prompt, uint8 [size, size, 3].
+
+        Args:
+            prompts: captions, with the method's own words in place.
+            conditions: for each prompt a condition picture uint8 [size, size, 3]; None: the method's branch is
+                not used.
+            adapted: with the methods; False: the base alone.
+        """
+        methods = self.task.each()
+        out: list[Picture] = []
+        with ExitStack() as stack:
+            for method in methods:
+                method.train_mode(False)
+                if not adapted:
+                    stack.enter_context(method.off(self.task.family))
+            for start in range(0, len(prompts), AT_ONCE):
+                part = slice(start, start + AT_ONCE)
+                looks = None if conditions is None or not adapted else conditions[part]
+                out += self._some(prompts[part], looks, start)
+        return out
+
+    def _some(
+        self, prompts: Sequence[str], conditions: Sequence[Picture] | None, first: int
+    ) -> list[Picture]:
+        family, device = self.task.family, self.accelerator.device
+        branches = [b for b in (m.control_branch() for m in self.task.each()) if b is not None]
+        branch = branches[0] if branches and conditions is not None else None
+        pipe = family.pipeline(branch)
+        rule = CaptionRule(replace=tuple(pair for m in self.task.each() for pair in m.replacements()))
+        more = {}
+        if branch is not None and conditions is not None:
+            stacked = np.stack([c.transpose(2, 0, 1) for c in conditions]).astype(np.float32) / 255
+            more["image"] = torch.from_numpy(stacked).to(device)
+        with self.accelerator.autocast():
+            text = self.task.encode(family.tokenize([rule.final(p) for p in prompts]).to(device))
+            negative = self.task.encode(family.tokenize([self.negative] * len(prompts)).to(device))
+            latents = pipe(
+                prompt_embeds=text.hidden,
+                negative_prompt_embeds=negative.hidden,
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance,
+                height=self.size,
+                width=self.size,
+                latents=self._noise(first, len(prompts)).to(device, text.hidden.dtype),
+                output_type="latent",
+                return_dict=False,
+                **more,
+            )[0]
+        return to_pictures(family.decode_latents(latents))
+
+    def _noise(self, first: int, count: int) -> Tensor:
+        """Starting noise [count, C, h, w]; of picture i it depends on seed + i alone."""
+        family = self.task.family
+        side = self.size // family.factor
+        seeds = range(self.seed + first, self.seed + first + count)
+        made = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return torch.stack([torch.randn(family.latent_channels, side, side, generator=g) for g in made])
+
+
+def to_pictures(pixels: Tensor) -> list[Picture]:
+    """[B, 3, H, W] in [-1, 1] -> uint8 [H, W, 3] each."""
+    unit = ((pixels.float() + 1) / 2).clamp(0, 1).mul(255).round().to(torch.uint8)
+    return list(unit.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def heldout_prompts(feed: Feed, count: int) -> tuple[list[str], list[Picture]]:
+    """The first captions of the first held-out samples, and their pictures."""
+    count = min(count, len(feed.samples))
+    prompts = [feed.captions.final(feed.samples[i].captions[0]) for i in range(count)]
+    return prompts, [feed.picture(Slot(i, 0, i, 1.0)) for i in range(count)]
+
+
+def preview(sampler: Sampler, heldout: Feed | None, prompts: Sequence[str], count: int, place: Path) -> None:
+    """Write a sheet of pictures: condition, base, adapted, side by side, a row for each prompt.
+
+    Args:
+        heldout: where conditions, and prompts if none are given, come from.
+        prompts: empty: captions of held-out samples.
+        count: rows.
+        place: the PNG's path; a JSON beside it holds prompts and columns.
+    """
+    shown, originals = heldout_prompts(heldout, count) if heldout is not None else ([], [])
+    wanted = list(prompts)[:count] or shown
+    columns: dict[str, list[Picture]] = {}
+    conditions = None
+    if heldout is not None and heldout.condition is not None:
+        slots = [Slot(i % len(originals), 0, i, 1.0) for i in range(len(wanted))]
+        conditions = [heldout.condition_picture(s, None) for s in slots]
+        columns["condition"] = conditions
+    columns["base alone"] = sampler.pictures(wanted, adapted=False)
+    columns["adapted"] = sampler.pictures(wanted, conditions)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    sheet(columns, wanted).save(place)
+    about = {"prompts": wanted, "columns": list(columns), "seed": sampler.seed, "guidance": sampler.guidance}
+    place.with_suffix(".json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+
+def sheet(columns: dict[str, list[Picture]], rows: Sequence[str], scale: int = 1) -> Image.Image:
+    """A contact sheet: a column for each name, a row with its prompt above each line of pictures."""
+    names, gap, head, line = list(columns), 6, 22, 18
+    side = len(next(iter(columns.values()))[0]) * scale
+    font = ImageFont.load_default(13)
+    width = gap + (side + gap) * len(names)
+    image = Image.new("RGB", (width, head + len(rows) * (side + line + gap)), "white")
+    draw = ImageDraw.Draw(image)
+    for x, name in enumerate(names):
+        draw.text((gap + x * (side + gap), 4), name, "black", font)
+    for y, prompt in enumerate(rows):
+        top = head + y * (side + line + gap)
+        draw.text((gap, top), _fitted(prompt or "(no prompt)", width - 2 * gap, font), "#555555", font)
+        for x, name in enumerate(names):
+            picture = Image.fromarray(columns[name][y]).resize((side, side), Image.Resampling.NEAREST)
+            image.paste(picture, (gap + x * (side + gap), top + line))
+    return image
+
+
+def _fitted(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
+    """A text cut to a width in pixels."""
+    while font.getlength(text) > width and len(text) > 4:
+        text = text[:-4] + "..."
+    return text
