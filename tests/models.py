@@ -1,23 +1,28 @@
 """Tiny random base models for tests: real structure, little weight.
 
-Reached through the fixtures of conftest.py (`sd1_folder`, `models`): under --import-mode=importlib nothing in
-tests/ can be imported by name.
+And methods on them, moved from where they began. Reached through the fixtures of conftest.py (`sd1_folder`,
+`models`): under --import-mode=importlib nothing in tests/ can be imported by name.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from tuner.families.sd1 import StableDiffusion1
+    from tuner.method import Card, Method
 
 WIDTH = 32  # of the text encoder's hidden state
 LETTERS = 514  # the tokeniser's words: every byte with and without an end-of-word mark, start and end
 
 
 def tokenizer_files(folder: Path) -> Path:
-    """A CLIP tokeniser whose alphabet is all bytes and which merges nothing but `red` (one token) and `toy`."""
+    """A CLIP tokeniser of all bytes that merges nothing but `red` and `toy`, each one token."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     moved = {byte: 256 + index for index, byte in enumerate(sorted(set(range(256)) - set(kept)))}
     letters = [chr(moved.get(byte, byte)) for byte in range(256)]
@@ -136,3 +141,44 @@ INDEX = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+
+CONFIGS: dict[str, dict[str, Any]] = {  # of every method, on the tiny base
+    "controlnet": {},
+    "textual_inversion": {"token": "<toy>", "init": "toy", "vectors": 3},
+    "lora": {"rank": 4, "alpha": 8.0, "targets": "attention+feed-forward", "text_encoder": True},
+    "full": {},
+    "autoencoder": {},
+    "contrastive": {},
+}
+
+
+def family_of(folder: Path, *names: str) -> StableDiffusion1:
+    """The tiny base with what the named methods need."""
+    from tuner.families.sd1 import StableDiffusion1
+
+    kinds = [importlib.import_module(f"tuner.methods.{name}").METHOD for name in names]
+    return StableDiffusion1.load(folder, sorted({need for kind in kinds for need in kind.NEEDS}))
+
+
+def method_of(name: str, family: StableDiffusion1, **config: Any) -> Method:
+    """A method on the tiny base, as a run builds it."""
+    module = importlib.import_module(f"tuner.methods.{name}")
+    made: Method = module.METHOD(module.Config(**(CONFIGS[name] | config)), family, seed=3)
+    return made
+
+
+def move(method: Method, by: float = 0.1, seed: int = 5) -> Method:
+    """Every trained tensor gets noise of a part of its own size, or of `by` where it is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in method.trained().values():
+            size = float(parameter.abs().mean()) or 1.0
+            parameter.add_(by * size * torch.randn(parameter.shape, generator=generator))
+    return method
+
+
+def card_of(dtype: torch.dtype, *methods: Method) -> Card:
+    """What the exports of these methods say about themselves."""
+    from tuner.method import Card
+
+    return Card("case", dtype, {method.kind: {"format": "pt", "tuner.recipe": "{}"} for method in methods})

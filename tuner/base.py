@@ -72,7 +72,7 @@ def _folder(path: str, revision: str | None) -> Path:
         return local
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(
-            f"base.path: {path}: no such folder (expected `embedded`, a diffusers folder, or a Hub id owner/name)"
+            f"base.path: {path}: no such folder (expected embedded, a diffusers folder, or a Hub id)"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError

@@ -46,15 +46,7 @@ def line_chart(
     """
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     course = smoothed(points, max(3, len(points) // 25)) if smooth and len(finite) >= 20 else []
-    values = sorted(value for _, value in finite)
-    if course:
-        cut = len(values) // 50
-        values = sorted(values[cut : len(values) - cut] + [value for _, value in course])
-    low, high = (values[0], values[-1]) if values else (0.0, 1.0)
-    if high - low <= 1e-9 * abs(high):
-        low, high = (0.0, 1.0) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
-    if 0 < low < 0.3 * high:
-        low = 0.0  # near enough to show where nothing is
+    low, high = _range(finite, course)
     y_ticks = ticks(low, high, 4)
     low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
     end = max([last, 1] + [step for step, _ in points])
@@ -92,6 +84,20 @@ def line_chart(
         marks=[(x(step), str(place), text) for place, (step, text) in enumerate(events, 1) if step <= end],
         note=", ".join(f"{count} of {len(points)} values {where}" for where, count in notes.items() if count),
     )
+
+
+def _range(finite: Points, course: Points) -> tuple[float, float]:
+    """The lowest and highest value that a line chart shows."""
+    values = sorted(value for _, value in finite)
+    if course:
+        cut = len(values) // 50
+        values = sorted(values[cut : len(values) - cut] + [value for _, value in course])
+    low, high = (values[0], values[-1]) if values else (0.0, 1.0)
+    if high - low <= 1e-9 * abs(high):
+        low, high = (0.0, 1.0) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
+    if 0 < low < 0.3 * high:
+        low = 0.0  # near enough to show where nothing is
+    return low, high
 
 
 def smoothed(points: Points, span: int) -> list[tuple[int, float]]:

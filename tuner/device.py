@@ -25,8 +25,20 @@ def precision(asked: str) -> str:
     return "bf16" if has else "fp32"
 
 
+def quiet() -> None:
+    """Let the libraries say errors only: what else they say of this project's own calls helps nobody."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 def start(asked: str, threads: int | None) -> Accelerator:
     """The accelerator in the recipe's precision, whatever the launcher says, and the CPU's threads."""
+    quiet()
     chosen = precision(asked)
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
     accelerator = Accelerator(mixed_precision="no" if chosen == "fp32" else chosen)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from tuner.errors import UserError
 
-class EmaError(ValueError):
+
+class EmaError(UserError):
     """A decay out of range, or a saved average that belongs to other parameters."""
 
 

@@ -1,4 +1,4 @@
-"""What a base-model family offers. A family holds the frozen networks and is deliberately not an nn.Module."""
+"""What a base-model family offers. It holds the frozen networks and is deliberately not an nn.Module."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Family(ABC):
 
     @abstractmethod
     def encode_prompts(self, tokens: Tokens, rows: Tensor | None = None) -> Text:
-        """Tokens -> Text; differentiable in `rows` [n, D] (the added tokens' vectors) and in text adapters."""
+        """Tokens -> Text; differentiable in `rows` [n, D] (of added tokens) and in text adapters."""
 
     @abstractmethod
     def condition(self, text: Text) -> Cond:

@@ -21,12 +21,14 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TextIO
 
+from tuner.errors import UserError
+
 FILE = "metrics.jsonl"
 FINISHED = "finished"  # the event that ends a run which came to its end
 RESERVED = frozenset({"step", "event", "measure", "values"})
 
 
-class LogError(ValueError):
+class LogError(UserError):
     """The log cannot be written as asked, or metrics.jsonl cannot be read."""
 
 

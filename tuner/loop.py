@@ -20,6 +20,7 @@ from tuner.data.loader import Division, Feed, stream
 from tuner.data.plan import Plan, Slot
 from tuner.ema import Ema
 from tuner.errors import UserError
+from tuner.evaluate.measures import probe
 from tuner.family import Family
 from tuner.log import Log
 from tuner.method import Card, Method
@@ -55,18 +56,16 @@ class Run:
     fingerprint: dict[str, Any]  # what a checkpoint must agree with to be continued
     card: Card
 
-    def sampler(self) -> sample.Sampler:
-        """How previews are made."""
+    def previews(self) -> sample.Previews | None:
+        """What makes the previews, on the process that does."""
         about = self.recipe.preview
-        return sample.Sampler(
-            self.task,
-            self.accelerator,
-            self.data.size,
-            about.steps,
-            about.guidance,
-            about.negative,
-            about.seed,
+        if not about.every or not self.accelerator.is_main_process:
+            return None
+        size = self.data.size
+        sampler = sample.Sampler(
+            self.task, self.accelerator, size, about.steps, about.guidance, about.negative, about.seed
         )
+        return sample.Previews(sampler, self.heldout, about.prompts, about.count)
 
 
 def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
@@ -89,20 +88,20 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
     batches = stream(
         run.data, run.plan, run.division, start, run.steps, run.workers, accelerator.device.type == "cuda"
     )
-    meter = Meter(accelerator, log)
+    meter, previews = Meter(accelerator, log), run.previews()
     with Progress("training", run.steps, start) as progress:
         for done in range(start + 1, run.steps + 1):
             loss, figures = _step(run, task, prepared, batches, done - 1)
-            meter.add(done, {"loss": loss, **figures}, schedule.get_last_lr()[0])
+            meter.add(done, {"loss": loss, **figures}, float(schedule.get_last_lr()[0]))
             schedule.step()
             if ema is not None:
                 ema.update(done)
-            progress.update(done, meter.last, run.plan.batch_size)
             stopping = (done % FLUSH == 0 or accelerator.num_processes == 1) and stop.agreed(accelerator)
-            if done % FLUSH == 0 or done == run.steps or stopping:
+            if done % FLUSH == 0 or done in (start + 1, run.steps) or stopping:
                 meter.flush(progress.images_per_second)
+            progress.update(done, meter.last, run.plan.batch_size)
             with nullcontext() if ema is None else ema.swap():
-                _look(run, log, done)
+                _look(run, log, previews, done)
             if stopping or done == run.steps or due(done, recipe.checkpoint.every):
                 meter.flush(progress.images_per_second)
                 checkpoint.write(
@@ -144,33 +143,34 @@ def due(done: int, every: int | None) -> bool:
     return bool(every) and done % every == 0  # type: ignore[operator]
 
 
-def _look(run: Run, log: Log, done: int) -> None:
+def _look(run: Run, log: Log, previews: sample.Previews | None, done: int) -> None:
     """What is due after a step besides training: validation, previews, exports."""
     recipe = run.recipe
-    last = done == run.steps
-    looking = (
-        due(done, recipe.validation.every)
-        or due(done, recipe.preview.every)
-        or due(done, recipe.export.every)
-    )
-    if not (looking or (last and recipe.preview.every)):
+    validating = due(done, recipe.validation.every) and run.heldout is not None
+    previewing = previews is not None and (due(done, recipe.preview.every) or done == run.steps)
+    exporting = due(done, recipe.export.every)
+    if not (validating or previewing or exporting):
         return
     for method in run.methods:
         method.train_mode(False)
-    if due(done, recipe.validation.every) and run.heldout is not None:
+    if validating:
+        assert run.heldout is not None
         log.scalars(done, {"validation_loss": validate(run, run.heldout)})
     if run.accelerator.is_main_process:
-        if recipe.preview.every and (due(done, recipe.preview.every) or last):
-            place = run.output / "previews" / f"step-{done:06d}.png"
-            sample.preview(run.sampler(), run.heldout, recipe.preview.prompts, recipe.preview.count, place)
-        if due(done, recipe.export.every):
+        if previewing:
+            assert previews is not None
+            pictures = previews.write(run.output / "previews" / f"step-{done:06d}.png")
+            figures = probe(list(recipe.method), previews.conditions, pictures)
+            if figures:
+                log.scalars(done, figures)
+        if exporting:
             for method in run.methods:
                 method.export(run.family, run.output / "export" / f"step-{done}", run.card)
     run.accelerator.wait_for_everyone()
 
 
 def validate(run: Run, heldout: Feed) -> float:
-    """The mean loss over a fixed grid: held-out samples, each with its own noise and timestep, always the same.
+    """The mean loss over a fixed grid: held-out samples, each with the same noise and timestep every time.
 
     The timesteps of n samples are the midpoints of n equal parts of the schedule.
     """
@@ -224,7 +224,8 @@ class Meter:
             if not all(math.isfinite(v) for v in row.values()):
                 wrong = ", ".join(f"{n} {v}" for n, v in row.items())
                 raise TrainingError(
-                    f"step {step}: no finite number ({wrong}). Training stopped; checkpoints before it are kept. "
-                    "Try a lower train.learning_rate, a warm-up (train.warmup), or train.precision: fp32."
+                    f"step {step}: no finite number ({wrong}). Training stopped; "
+                    "checkpoints before it are kept. Try a lower train.learning_rate, a warm-up "
+                    "(train.warmup), or train.precision: fp32."
                 )
         self.rows.clear()

@@ -56,7 +56,7 @@ class Method(nn.Module):
     DROP_CAPTIONS: ClassVar[float] = 0.0
     WHOLE_STEP: ClassVar[bool] = False
     CACHES_LATENTS: ClassVar[bool] = True
-    CACHES_TEXT: ClassVar[bool] = True
+    CACHES_TEXT: bool = True  # of an instance, as a configuration may decide it
 
     def __init__(self, config: Any, family: Family, seed: int) -> None:
         """Build what is trained, from `seed` alone.
@@ -135,10 +135,10 @@ class Method(nn.Module):
         return ()
 
 
-def public_config(module: nn.Module) -> dict[str, Any]:
+def public_config(module: Any) -> dict[str, Any]:
     """A network's configuration as its library writes it into config.json."""
     config: Any = module.config
     if hasattr(config, "to_dict"):  # transformers
         return {"architectures": [type(module).__name__], **config.to_dict(), "dtype": "float32"}
-    text: str = module.to_json_string()  # type: ignore[operator,assignment]
+    text: str = module.to_json_string()
     return dict(json.loads(text))

@@ -13,6 +13,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from tuner.errors import UserError
+
 Schedule = Literal["constant", "linear", "cosine"]
 
 EIGHT_BIT = {"adamw8bit": "AdamW8bit", "lion8bit": "Lion8bit"}  # their classes in bitsandbytes.optim
@@ -22,7 +24,7 @@ COMMON = {"weight_decay": 0.01, "betas": (0.9, 0.999), "eps": 1e-8}
 UNFIT = {"Optimizer", "LBFGS", "SparseAdam"}
 
 
-class OptimiserError(ValueError):
+class OptimiserError(UserError):
     """An optimiser or schedule that does not exist, cannot be used here, or does not take an option."""
 
 

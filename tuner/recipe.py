@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import io
+import json
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing_extensions import TypedDict
 from tuner import explain, yaml_source
 from tuner.block import Block, Conflict, expand
 from tuner.blocks import Base, Data, Evaluate, Export, Logging, Objective, Preview, Text, Train, Validation
-from tuner.yaml_source import Place, RecipeError
+from tuner.yaml_source import Place, Problem, RecipeError
 
 __all__ = ["Recipe", "RecipeError", "json_schema", "load", "method_names", "micro_batch"]
 
@@ -73,9 +74,12 @@ class Recipe(Block):
         """The whole recipe with every default written out, as YAML that loads again to an equal recipe."""
         text = io.StringIO()
         yaml = YAML(typ="safe", pure=True)
-        yaml.default_flow_style = False  # type: ignore[assignment]  # it is declared as None only
-        yaml.sort_base_mapping_type_on_output = False  # the schema's order
-        yaml.allow_unicode = True
+        yaml.default_flow_style = False
+        # Declared as None alone in ruamel.yaml; False keeps the order of the schema.
+        yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+        # Unicode's own line ends would be read back as spaces: escaped then, with all that is not ASCII.
+        written = json.dumps(self.resolved(), ensure_ascii=False)
+        yaml.allow_unicode = not any(mark in written for mark in "\x85\u2028\u2029")
         yaml.width = 4096
         yaml.dump(self.resolved(), text)
         return f"# The recipe {self.name}, with every default written out.\n{text.getvalue()}"
@@ -181,10 +185,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except pydantic.ValidationError as error:
         document.problems += explain.problems(error, kind, document)
     if document.problems:
-        once = list(dict.fromkeys(document.problems))
-        raise RecipeError(
-            sorted(once, key=lambda problem: (problem.place.order, yaml_source.dotted(problem.key)))
+        told: list[Problem] = sorted(
+            set(document.problems),
+            key=lambda one: (one.place.order, yaml_source.dotted(one.key), one.message),
         )
+        raise RecipeError(told)
     assert recipe is not None, "an invalid recipe has a problem to show"
     return recipe
 

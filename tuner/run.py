@@ -28,6 +28,7 @@ from tuner.export import metadata
 from tuner.export.files import write_whole
 from tuner.family import Family
 from tuner.log import FINISHED, Log
+from tuner.log import read as read_log
 from tuner.method import Card, Method
 from tuner.objective import Objective
 from tuner.progress import say
@@ -53,7 +54,8 @@ def train(recipe: Recipe, source: Path) -> int:
     output = run.output
     if _finished(run):
         say(
-            f"{output}: finished before with this recipe, base and data; nothing to do. Report: {output / 'report.html'}"
+            f"{output}: finished before with this recipe, base and data; nothing to do. "
+            f"The report: {output / 'report.html'}"
         )
         return 0
     state = _resume(run)
@@ -146,9 +148,10 @@ def _announce(
         where += f" ({torch.get_num_threads()} threads)"
     trained = sum(parameter.numel() for parameter in task.trained())
     say(
-        f"{recipe.name}: {' + '.join(recipe.method)} on {family.title} ({family.name}), {len(plan.entries)} samples an "
-        f"epoch, {steps} steps of {plan.batch_size} pictures ({steps / plan.steps_per_epoch:.3g} epochs), {trained:,} "
-        f"trained numbers, {'fp32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}, {where}"
+        f"{recipe.name}: {' + '.join(recipe.method)} on {family.title} ({family.name}), "
+        f"{len(plan.entries)} samples an epoch, {steps} steps of {plan.batch_size} pictures "
+        f"({steps / plan.steps_per_epoch:.3g} epochs), {trained:,} trained numbers, "
+        f"{accelerator.mixed_precision.replace('no', 'fp32')}, {where}"
     )
 
 
@@ -311,7 +314,8 @@ def _finish(run: loop.Run, log: Log) -> None:
         sampler = sample.Sampler(
             run.task, run.accelerator, run.data.size, about.steps, about.guidance, "", about.seed
         )
-        look = Look(sampler, run.data.samples, run.heldout, about.samples, run.output)
+        curves = read_log(run.output / "metrics.jsonl").scalars
+        look = Look(sampler, run.data.samples, run.heldout, about.samples, run.output, curves)
         for name, values in measure(look, list(run.recipe.method)).items():
             log.measures(name, values)
             if "verdict" in values:

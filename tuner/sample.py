@@ -54,8 +54,8 @@ class Sampler:
 
         Args:
             prompts: captions, with the method's own words in place.
-            conditions: for each prompt a condition picture uint8 [size, size, 3]; None: the method's branch is
-                not used.
+            conditions: for each prompt a condition picture uint8 [size, size, 3]; None: without the method's
+                branch.
             adapted: with the methods; False: the base alone.
         """
         methods = self.task.each()
@@ -122,29 +122,36 @@ def heldout_prompts(feed: Feed, count: int) -> tuple[list[str], list[Picture]]:
     return prompts, [feed.picture(Slot(i, 0, i, 1.0)) for i in range(count)]
 
 
-def preview(sampler: Sampler, heldout: Feed | None, prompts: Sequence[str], count: int, place: Path) -> None:
-    """Write a sheet of pictures: condition, base, adapted, side by side, a row for each prompt.
+class Previews:
+    """The same pictures again and again: condition, base alone and adapted, a row for each prompt."""
 
-    Args:
-        heldout: where conditions, and prompts if none are given, come from.
-        prompts: empty: captions of held-out samples.
-        count: rows.
-        place: the PNG's path; a JSON beside it holds prompts and columns.
-    """
-    shown, originals = heldout_prompts(heldout, count) if heldout is not None else ([], [])
-    wanted = list(prompts)[:count] or shown
-    columns: dict[str, list[Picture]] = {}
-    conditions = None
-    if heldout is not None and heldout.condition is not None:
-        slots = [Slot(i % len(originals), 0, i, 1.0) for i in range(len(wanted))]
-        conditions = [heldout.condition_picture(s, None) for s in slots]
-        columns["condition"] = conditions
-    columns["base alone"] = sampler.pictures(wanted, adapted=False)
-    columns["adapted"] = sampler.pictures(wanted, conditions)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    sheet(columns, wanted).save(place)
-    about = {"prompts": wanted, "columns": list(columns), "seed": sampler.seed, "guidance": sampler.guidance}
-    place.with_suffix(".json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+    def __init__(self, sampler: Sampler, heldout: Feed | None, prompts: Sequence[str], count: int) -> None:
+        """
+        Args:
+            heldout: where conditions, and prompts if none are given, come from.
+            prompts: empty: captions of held-out samples.
+            count: rows.
+        """
+        shown, originals = heldout_prompts(heldout, count) if heldout is not None else ([], [])
+        self.sampler = sampler
+        self.prompts = list(prompts)[:count] or shown
+        self.conditions: list[Picture] | None = None
+        if heldout is not None and heldout.condition is not None:
+            slots = [Slot(i % len(originals), 0, i, 1.0) for i in range(len(self.prompts))]
+            self.conditions = [heldout.condition_picture(slot, None) for slot in slots]
+        self._base: list[Picture] = []  # made once: nothing changes it
+
+    def write(self, place: Path) -> list[Picture]:
+        """Write the sheet as a PNG, and prompts and columns as JSON beside it; returns the adapted."""
+        columns = {} if self.conditions is None else {"condition": self.conditions}
+        self._base = self._base or self.sampler.pictures(self.prompts, adapted=False)
+        adapted = self.sampler.pictures(self.prompts, self.conditions)
+        columns |= {"base alone": self._base, "adapted": adapted}
+        place.parent.mkdir(parents=True, exist_ok=True)
+        sheet(columns, self.prompts).save(place)
+        about = {"prompts": self.prompts, "columns": list(columns), "seed": self.sampler.seed}
+        place.with_suffix(".json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+        return adapted
 
 
 def sheet(columns: dict[str, list[Picture]], rows: Sequence[str], scale: int = 1) -> Image.Image:

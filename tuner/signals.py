@@ -12,7 +12,7 @@ ASKED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class Stop:
-    """Within it SIGTERM, SIGINT and SIGUSR1 ask the loop to stop after its step; a second SIGINT stops at once."""
+    """Within it SIGTERM, SIGINT and SIGUSR1 ask the loop to stop after its step; a second SIGINT: at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

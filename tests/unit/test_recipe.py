@@ -78,7 +78,7 @@ def read(methods: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Loade
     monkeypatch.chdir(tmp_path)
 
     def read_text(text: str, *overrides: str) -> Recipe:
-        Path("x.yaml").write_text(text, encoding="utf-8")
+        Path("x.yaml").write_bytes(text.encode())
         return load(Path("x.yaml"), overrides)
 
     return read_text
@@ -410,6 +410,15 @@ def test_any_values_survive_resolving(read: Loader, prompts: list[str], rate: fl
     }
     again = read(plain.model_copy(update=blocks).resolved_yaml())
     assert (again.preview.prompts, again.train.learning_rate, again.data.cache) == (prompts, rate, cache)
+
+
+@pytest.mark.parametrize(
+    "text", ["\x85", "a\u2028b", "\u2029", "\t", "\r\n", "\ufeff", "\x7f", "no", "1e-4", "", "äöü 猫"]
+)
+def test_odd_texts_survive_resolving(read: Loader, text: str) -> None:
+    plain = read(GOOD)
+    preview = plain.preview.model_copy(update={"negative": text})
+    assert read(plain.model_copy(update={"preview": preview}).resolved_yaml()).preview.negative == text
 
 
 def test_decisive_leaves_out_what_only_looks(read: Loader) -> None:

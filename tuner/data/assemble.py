@@ -112,13 +112,13 @@ def _cache_latents(samples: Sequence[Sample], wanted: Wanted, family: Family, ha
         )
 
     names = [(name(s, flips[0]), name(s, flips[1])) for s in samples]
-    missing = {
+    entries = {
         n: (s, flip)
         for s, both in zip(samples, names, strict=True)
         for n, flip in zip(both, flips, strict=True)
     }
-    missing = {n: v for n, v in missing.items() if n not in store}
-    items = list(missing.items())[wanted.rank :: wanted.processes]
+    # Shared out before it is known what is missing, so that it is the same to each however they hurry.
+    items = [item for item in list(entries.items())[wanted.rank :: wanted.processes] if item[0] not in store]
 
     def encode(chunk: Sequence[tuple[str, tuple[Sample, bool]]]) -> dict[str, Tensor]:
         looks = [pictures.Transform(wanted.size, flip=flip)(pictures.load(s.path)) for _, (s, flip) in chunk]
@@ -148,7 +148,7 @@ def _cache_text(samples: Sequence[Sample], wanted: Wanted, family: Family) -> Te
         return key(caption=caption, **about)
 
     items = [(name(c), c) for c in captions]
-    items = [item for item in items if item[0] not in store][wanted.rank :: wanted.processes]
+    items = [item for item in items[wanted.rank :: wanted.processes] if item[0] not in store]
 
     def encode(chunk: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
         with torch.no_grad():

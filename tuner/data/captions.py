@@ -1,4 +1,4 @@
-"""Which caption a sample gets: chosen, put in a template, prefixed, dropped; all counted, nothing consumed."""
+"""Which caption a sample gets: chosen, put in a template, prefixed, dropped; all counted."""
 
 from __future__ import annotations
 

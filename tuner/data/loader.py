@@ -86,7 +86,15 @@ class Feed:
             return conditions.maker(self.condition)(self.picture(slot) if picture is None else picture)
         if sample.condition is None:
             raise UserError(f"{sample.path}: no conditioning_image, which condition: image asks for")
-        return self.transform(slot)(pictures.load(sample.condition))
+        condition = pictures.load(sample.condition)
+        (wide, high), (height, width) = pictures.size(sample.path), condition.shape[:2]
+        if abs(wide * height - width * high) > max(
+            wide, high, width, height
+        ):  # a pixel's rounding is none of the user's
+            raise UserError(
+                f"{sample.condition}: {width}x{height} pixels do not fit the picture's {wide}x{high}"
+            )
+        return self.transform(slot)(condition)
 
     def batch(self, slots: Sequence[Slot], total: float) -> Batch:
         """The batch of some slots; `total` is the sum of weights of the whole optimiser step."""

@@ -1,4 +1,4 @@
-"""Pictures from files, and the one geometric transform that a picture and its condition go through together."""
+"""Pictures from files, and the one geometric transform that a picture and its condition share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from tuner.errors import UserError
 
@@ -56,6 +56,20 @@ def load(path: Path) -> Picture:
                 picture = picture.convert("RGBA")
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
             return np.asarray(picture.convert("RGB"))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
+        raise UserError(f"{path}: this picture cannot be read: {error}") from error
+
+
+def size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture, turned as its EXIF says, from its header.
+
+    Raises:
+        UserError: the file is no picture.
+    """
+    try:
+        with Image.open(path) as opened:
+            turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # a quarter or three quarters
+            return opened.size[::-1] if turned else opened.size
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError) as error:
         raise UserError(f"{path}: this picture cannot be read: {error}") from error
 

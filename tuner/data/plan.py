@@ -38,8 +38,8 @@ class Plan:
         self.entries = [index for index, times in enumerate(repeats) for _ in range(times)]
         if batch_size > len(self.entries):
             raise UserError(
-                f"train.batch_size: {batch_size} pictures in a batch, but an epoch has only {len(self.entries)}; "
-                f"take at most {len(self.entries)}, or raise data.source.repeats"
+                f"train.batch_size: {batch_size} pictures in a batch, but an epoch has only "
+                f"{len(self.entries)}; take at most that, or raise data.source.repeats"
             )
         self.batch_size = batch_size
         self.seed = seed

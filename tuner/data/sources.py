@@ -65,7 +65,7 @@ def _from_listing(folder: Path, listing: Path) -> tuple[list[Sample], list[str]]
     samples: list[Sample] = []
     problems: list[str] = []
     listed: set[str] = set()
-    for number, raw in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+    for number, raw in enumerate(_text(listing).split("\n"), 1):
         if not raw.strip():
             continue
         where = f"{listing}:{number}"
@@ -78,10 +78,9 @@ def _from_listing(folder: Path, listing: Path) -> tuple[list[Sample], list[str]]
         if problem or sample is None:
             problems.append(f"{where}: {problem}")
             continue
-        listed.add(str(sample.path))
+        listed |= {str(place.resolve()) for place in (sample.path, sample.condition) if place is not None}
         samples.append(sample)
-    listed |= {str(sample.condition) for sample in samples if sample.condition}
-    unlisted = [p for p in _pictures(folder) if str(p) not in listed]
+    unlisted = [p for p in _pictures(folder) if str(p.resolve()) not in listed]
     problems += [f"{path}: not listed in {listing.name}; list it or move it away" for path in unlisted]
     return samples, problems
 
@@ -119,5 +118,13 @@ def _from_sidecars(folder: Path) -> tuple[list[Sample], list[str]]:
         if not sidecar.is_file():
             problems.append(f"{path}: no caption; expected {sidecar.name} beside it, or a metadata.jsonl")
             continue
-        samples.append(Sample(path, (sidecar.read_text(encoding="utf-8").strip(),)))
+        samples.append(Sample(path, (_text(sidecar).strip(),)))
     return samples, problems
+
+
+def _text(file: Path) -> str:
+    """A text file's content, without a byte order mark."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -208,4 +209,6 @@ def captions_of(scene: Scene, split: str, index: int) -> tuple[Caption, ...]:
     found += [middle(scene, rng) for _ in range(MIDDLE)]
     if len(scene.objects) == 2:
         found.append(short(scene, rng, relation=True))
+    if split == "concept":  # a new word takes the place of "thing", so each of its captions has it
+        return tuple(caption for caption in found if THING in re.findall(r"\w+", caption.text))
     return (*found, alt(scene, rng))

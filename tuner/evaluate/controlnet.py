@@ -13,6 +13,8 @@ from tuner.evaluate.measures import Look, Picture, Values, judged, table, withou
 from tuner.sample import sheet, to_pictures
 
 SHOWN = 8
+CURVE = "edge_f1"
+"""The scalar that previews log: F1 within 1 pixel of their edges, to find when they are followed."""
 
 
 def fidelity(pictures: Sequence[Picture], edges: Sequence[Picture]) -> dict[str, float]:
@@ -21,6 +23,11 @@ def fidelity(pictures: Sequence[Picture], edges: Sequence[Picture]) -> dict[str,
     strict = [edge_f1(f, e[:, :, 0], 0) for f, e in zip(found, edges, strict=True)]
     tolerant = [edge_f1(f, e[:, :, 0], 1) for f, e in zip(found, edges, strict=True)]
     return {"strict F1": float(np.mean(strict)), "F1 within 1 pixel": float(np.mean(tolerant))}
+
+
+def probe(conditions: Sequence[Picture], pictures: Sequence[Picture]) -> dict[str, float]:
+    """What a preview tells of the training, as scalars for the log."""
+    return {CURVE: fidelity(pictures, conditions)["F1 within 1 pixel"]}
 
 
 def measure(look: Look) -> dict[str, Values]:
@@ -54,15 +61,15 @@ def measure(look: Look) -> dict[str, Values]:
         }
     key = "F1 within 1 pixel"
     verdict = (
-        f"of the way from floor to ceiling (F1 within 1 pixel): {way['right prompt'][key]:.0%} with the right prompt, "
-        f"{way['no prompt'][key]:.0%} with none"
+        f"of the way from floor to ceiling (F1 within 1 pixel): {way['right prompt'][key]:.0%} with the "
+        f"right prompt, {way['no prompt'][key]:.0%} with none"
     )
     place = look.output / "evaluation" / "edges.png"
     place.parent.mkdir(parents=True, exist_ok=True)
     columns = {"condition": edges, **pictures, "original": originals}
     sheet({n: list(p[:SHOWN]) for n, p in columns.items()}, right[:SHOWN]).save(place)
     rows |= {f"way, {prompt}": values for prompt, values in way.items()}
-    found = {"edges followed": table(rows, verdict, picture="evaluation/edges.png")}
+    found = {"edges followed": table(rows, verdict + _onset(look), picture="evaluation/edges.png")}
     named = look.named("long")
     if named is None:
         without_records("ControlNet")
@@ -74,6 +81,18 @@ def measure(look: Look) -> dict[str, Values]:
         f"colours named in the prompt right: {colour:.0%} with the ControlNet, {base:.0%} with the base alone"
     )
     return found | {"prompt obeyed": table(judge, verdict)}
+
+
+def _onset(look: Look) -> str:
+    """When the previews began to follow their edges, in words."""
+    points = look.curves.get(CURVE, [])
+    found = jump([step for step, _ in points], [value for _, value in points])
+    if found is None:
+        return ""
+    return (
+        f"; the previews jumped to their edges at step {found[1]} "
+        f"(10 to 90 % of the rise: {found[0]} to {found[2]})"
+    )
 
 
 def _round_trip(look: Look, originals: Sequence[Picture]) -> list[Picture]:

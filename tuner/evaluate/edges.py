@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from tuner.data.conditions.canny import HIGH, LOW
+
 Edges = npt.NDArray[np.uint8]
 
-LOW, HIGH = 100, 200  # the thresholds of the Canny conditions that ControlNets in use were trained on
 SMOOTHING = 1.0  # standard deviation in pixels of the blur before edges that are only measured
 
 

@@ -13,7 +13,7 @@ from tuner.sample import sheet
 
 
 def measure(look: Look) -> dict[str, Values]:
-    """The share of pictures in the training pictures' style, and of right attributes, with and without LoRA."""
+    """The share of pictures in the trained style, and of right attributes, with and without the LoRA."""
     styles = Counter(s.scene["style"] for s in look.trained if s.scene)
     named = look.named("short")
     if not styles or named is None:
@@ -32,8 +32,9 @@ def measure(look: Look) -> dict[str, Values]:
     sheet({name: made[:8] for name, made in pictures.items()}, prompts[:8]).save(place)
     new, old = rows["with the LoRA"], rows["base alone"]
     verdict = (
-        f"the style ({style}) is drawn in {new['style']:.0%} of the pictures with the LoRA, {old['style']:.0%} with the base; "
-        f"everything the prompt names is right in {new['all']:.0%}, with the base in {old['all']:.0%}"
+        f"the style ({style}) is drawn in {new['style']:.0%} of the pictures with the LoRA, "
+        f"{old['style']:.0%} with the base; all that the prompt names is right in {new['all']:.0%}, "
+        f"with the base in {old['all']:.0%}"
     )
     return {"style": table(rows, verdict, picture="evaluation/style.png")}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Look:
         trained: the samples trained on.
         heldout: the held-out samples, `count` of which are measured.
         output: the run's folder, for pictures.
+        curves: what was logged while training, as (step, value) by name.
     """
 
     sampler: Sampler
@@ -40,6 +41,7 @@ class Look:
     heldout: Feed
     count: int
     output: Path
+    curves: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
 
     def originals(self) -> list[Picture]:
         """The held-out pictures that are measured, at training resolution."""
@@ -78,6 +80,15 @@ def measure(look: Look, methods: Sequence[str]) -> dict[str, Values]:
         if importlib.util.find_spec(f"tuner.evaluate.{name}") is not None:
             found |= importlib.import_module(f"tuner.evaluate.{name}").measure(look)
     return found
+
+
+def probe(
+    methods: Sequence[str], conditions: Sequence[Picture] | None, pictures: Sequence[Picture]
+) -> dict[str, float]:
+    """What a run's previews tell of it, as scalars for the log."""
+    if conditions is None or "controlnet" not in methods:
+        return {}
+    return dict(importlib.import_module("tuner.evaluate.controlnet").probe(conditions, pictures))
 
 
 def judged(pictures: Sequence[Picture], named: Sequence[Named]) -> dict[str, float]:

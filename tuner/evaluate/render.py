@@ -72,7 +72,7 @@ def _cover(thing: Object, style: str, origin: tuple[int, int], side: int) -> Arr
         width = thing.stroke * {"outlined": 1.15, "hatched": 0.8, "dotted": 0.7}[style]
         cv2.polylines(big, polygons, True, 1, max(1, round(width * SCALE)), cv2.LINE_8, _SHIFT)
     small = cv2.resize(big * np.uint8(240), (side, side), interpolation=cv2.INTER_AREA)
-    return np.asarray(small, np.float32) / 240
+    return np.asarray(small, np.float32) / np.float32(240)
 
 
 def _paint(thing: Object, style: str, origin: tuple[int, int], side: int) -> Array:

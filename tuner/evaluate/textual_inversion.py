@@ -15,7 +15,7 @@ from tuner.sample import sheet
 
 
 def measure(look: Look) -> dict[str, Values]:
-    """The share of `a photo of <token>` pictures that show the concept, with the token and the initial word."""
+    """The share of pictures that show the concept, with the token and with the initial word."""
     from tuner.methods.textual_inversion import TextualInversion
 
     (method,) = (m for m in look.sampler.task.each() if isinstance(m, TextualInversion))
@@ -47,7 +47,10 @@ def measure(look: Look) -> dict[str, Values]:
     place.parent.mkdir(parents=True, exist_ok=True)
     sheet(shown, list(detailed[:6])).save(place)
     new, old = (row["concept, plain prompt"] for row in rows.values())
-    verdict = f"the concept ({concept}) is recognised in {new:.0%} of plain prompts with {token}, {old:.0%} with the initial word"
+    verdict = (
+        f"the concept ({concept}) is recognised in {new:.0%} of the pictures of plain prompts with {token}, "
+        f"in {old:.0%} with the initial word"
+    )
     return {"concept": table(rows, verdict, picture="evaluation/concept.png")}
 
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: a KL autoencoder, one CLIP text encoder, a UNet with cross-attention (arXiv 2112.10752)."""
+"""Stable Diffusion 1.x: KL autoencoder, CLIP text encoder, UNet with cross-attention (arXiv 2112.10752)."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class StableDiffusion1(Family):
     def __init__(
         self, networks: dict[str, nn.Module], tokenizer: Any, scheduler_config: Mapping[str, Any]
     ) -> None:
-        self.networks = networks
+        self.networks: dict[str, Any] = dict(networks)
         self.tokenizer = tokenizer
         self.scheduler_config = scheduler_config
         self.device = torch.device("cpu")
         self.factor = 8
         self.latent_channels = 4
-        if vae := networks.get("vae"):
+        if vae := self.networks.get("vae"):
             self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
             self.latent_channels = int(vae.config.latent_channels)
         self.freeze()
@@ -69,14 +69,15 @@ class StableDiffusion1(Family):
 
     @property
     def denoiser(self) -> nn.Module:
-        return self.networks["unet"]
+        unet: nn.Module = self.networks["unet"]
+        return unet
 
     @property
     def text_encoders(self) -> dict[str, nn.Module]:
         return {"text_encoder": self.networks["text_encoder"]} if "text_encoder" in self.networks else {}
 
     def embedding(self, encoder: str) -> nn.Embedding:
-        embedding = self.text_encoders[encoder].get_input_embeddings()  # type: ignore[operator]
+        embedding = self.networks[encoder].get_input_embeddings()
         assert isinstance(embedding, nn.Embedding)
         return embedding
 
@@ -95,7 +96,7 @@ class StableDiffusion1(Family):
     def encode_images(self, pixels: Tensor) -> Moments:
         vae = self.networks["vae"]
         with torch.autocast(pixels.device.type, enabled=False):
-            posterior = vae.encode(pixels.float()).latent_dist  # type: ignore[operator]
+            posterior = vae.encode(pixels.float()).latent_dist
             shift = getattr(vae.config, "shift_factor", None) or 0.0
             scale = vae.config.scaling_factor
             return Moments((posterior.mean - shift) * scale, posterior.std * scale)
@@ -105,7 +106,7 @@ class StableDiffusion1(Family):
         vae = self.networks["vae"]
         with torch.autocast(latents.device.type, enabled=False):
             shift = getattr(vae.config, "shift_factor", None) or 0.0
-            decoded: Tensor = vae.decode(latents.float() / vae.config.scaling_factor + shift).sample  # type: ignore[operator]
+            decoded: Tensor = vae.decode(latents.float() / vae.config.scaling_factor + shift).sample
             return decoded
 
     def encode_prompts(self, tokens: Tokens, rows: Tensor | None = None) -> Text:
@@ -136,12 +137,11 @@ class StableDiffusion1(Family):
     def control_branch(self, conditioning_channels: int) -> nn.Module:
         from diffusers import ControlNetModel
 
-        branch: nn.Module = ControlNetModel.from_unet(
-            self.denoiser, conditioning_channels=conditioning_channels
-        )
+        branch: Any = ControlNetModel.from_unet(self.denoiser, conditioning_channels=conditioning_channels)
         strides = len(branch.config.conditioning_embedding_out_channels) - 1
         assert 2**strides == self.factor, "the condition encoder's stride is the autoencoder's factor"
-        return branch
+        clone: nn.Module = branch
+        return clone
 
     def control(self, branch: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, picture: Tensor) -> Control:
         dtype = next(branch.parameters()).dtype

@@ -1,13 +1,13 @@
-"""The KL autoencoder itself, trained whole: how a base's latent space is made (arXiv 2112.10752, section 3.1)."""
+"""The KL autoencoder, trained whole: how a base's latent space is made (arXiv 2112.10752, section 3.1)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from tuner.batch import Batch
 from tuner.block import Block
@@ -43,21 +43,21 @@ class Autoencoder(Method):
 
     def __init__(self, config: Config, family: Family, seed: int) -> None:
         super().__init__(config, family, seed)
-        self.vae = family.modules()["vae"].requires_grad_(True)
+        self.vae: Any = family.modules()["vae"].requires_grad_(True)
         if config.crop is not None and config.crop % family.factor:
             raise UserError(
                 f"method.autoencoder.crop: {config.crop} is no multiple of the factor {family.factor}"
             )
-        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))  # count, sum, sum of squares
+        self.moments = nn.Buffer(torch.zeros(3, dtype=torch.float64))  # count, sum, sum of squares
 
     def loss(self, family: Family, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstruction and KL terms of each sample [B]."""
         assert batch.pixels is not None
         pixels, noise = self._crop(family, batch)
-        posterior = self.vae.encode(pixels).latent_dist  # type: ignore[operator]
+        posterior = self.vae.encode(pixels).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         latents = mean + torch.exp(0.5 * logvar) * noise
-        seen = self.vae.decode(latents).sample.float()  # type: ignore[operator]
+        seen = self.vae.decode(latents).sample.float()
         error = seen - pixels
         kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
         self._count(latents)

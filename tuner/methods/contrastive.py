@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,18 +40,19 @@ class Contrastive(Method):
     NEEDS: ClassVar[tuple[str, ...]] = ("text_encoder", "image_encoder")
     WHOLE_STEP: ClassVar[bool] = True
     CACHES_LATENTS: ClassVar[bool] = False
-    CACHES_TEXT: ClassVar[bool] = False
+    CACHES_TEXT: bool = False
 
     config: Config
 
     def __init__(self, config: Config, family: Family, seed: int) -> None:
         super().__init__(config, family, seed)
-        networks = family.modules()
+        networks: Any = family.modules()
         self.text_encoder = networks["text_encoder"].requires_grad_(True)
         self.image_encoder = networks["image_encoder"].requires_grad_(True)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
         # The last hidden state behind the vision tower's pooled token is not used by CLIP.
-        width, joint = self.text_encoder.config.hidden_size, self.image_encoder.config.projection_dim
+        width = networks["text_encoder"].config.hidden_size
+        joint = networks["image_encoder"].config.projection_dim
         if width != joint:
             raise UserError(
                 f"image_encoder/config.json: projection_dim {joint} is not the text encoder's width {width}"

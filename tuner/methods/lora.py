@@ -58,6 +58,7 @@ class Lora(Method):
 
     def __init__(self, config: Config, family: Family, seed: int) -> None:
         super().__init__(config, family, seed)
+        self.CACHES_TEXT = not config.text_encoder
         self.places: list[str] = []  # the adapters' weights by name, as long as `weights`
         weights: list[nn.Parameter] = []
         self.hosts: dict[str, nn.Module] = {"unet": family.denoiser}
@@ -68,7 +69,8 @@ class Lora(Method):
             for name, parameter in module.named_parameters():
                 if f".{ADAPTER}." in name:
                     self.places.append(f"{component}.{name}")
-                    weights.append(parameter.requires_grad_(True))
+                    parameter.requires_grad_(True)
+                    weights.append(parameter)
         self.weights = nn.ParameterList(weights)
 
     def _inject(self, component: str, module: nn.Module, seed: int) -> None:
@@ -81,7 +83,7 @@ class Lora(Method):
             )
         settings = LoraConfig(
             r=self.config.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_alpha=self.alpha,
             target_modules=presets[0 if component == "unet" else 1],
             lora_dropout=self.config.dropout,
         )

@@ -33,7 +33,7 @@ class TextualInversion(Method):
     """The new rows stand beside the frozen table as a parameter of their own; the table has no gradient."""
 
     kind: ClassVar[Kind] = "textual_inversion"
-    CACHES_TEXT: ClassVar[bool] = False
+    CACHES_TEXT: bool = False
 
     config: Config
 

@@ -1,7 +1,7 @@
 """Condition pictures, one kind a file, found by file name.
 
-Each file has `make(picture: uint8 [H, W, 3]) -> uint8 [H, W, 3]`: it sees the pixels that are trained on, after
-the crop, at training resolution; the values 0..255 stand for 0..1.
+Each file has `make(picture: uint8 [H, W, 3]) -> uint8 [H, W, 3]`: it sees the pixels that are trained on,
+after the crop, at training resolution; the values 0..255 stand for 0..1.
 """
 
 from __future__ import annotations

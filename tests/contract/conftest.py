@@ -1,0 +1,193 @@
+"""One table of method x family: a new method or family is tested by adding a row."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from tuner import base, optimiser
+from tuner.batch import Batch
+from tuner.data.cache import Hashes
+from tuner.data.captions import CaptionRule
+from tuner.data.loader import Feed, Latents, Texts
+from tuner.data.plan import Slot
+from tuner.data.sources import Sample
+from tuner.family import Family
+from tuner.method import Method
+from tuner.objective import Objective
+from tuner.task import Task
+
+SIZE = 32  # pixels of a side
+COUNT = 6  # samples
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Attributes:
+        frozen: the base is left as it is, and `off` gives it back.
+        divides: a step may be divided into micro-batches and processes.
+        learning_rate, falls: in 25 steps at this rate on one batch the loss falls below this share.
+    """
+
+    method: str
+    config: dict[str, Any] = field(default_factory=dict)
+    family: str = "sd1"
+    frozen: bool = True
+    divides: bool = True
+    learning_rate: float = 1e-3
+    falls: float = 0.5
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.method, *(k for k, v in self.config.items() if v is True), self.family])
+
+
+CASES = (
+    Case("controlnet", {"condition": "canny"}),
+    Case(
+        "textual_inversion",
+        {"token": "<new>", "init": "red", "vectors": 2, "replace": "toy"},
+        learning_rate=0.1,
+        falls=0.98,  # a random UNet hardly listens to its text; the step is the same each time, so this is learned
+    ),
+    Case("lora", {"rank": 4}, learning_rate=1e-2),
+    Case(
+        "lora",
+        {"rank": 4, "alpha": 8.0, "targets": "attention+feed-forward", "text_encoder": True},
+        learning_rate=1e-2,
+    ),
+    Case("full", frozen=False),
+    Case("autoencoder", frozen=False),
+    Case("contrastive", frozen=False, divides=False),
+)
+FOLDERS = {"sd1": "sd1_folder"}  # the fixture that makes a tiny base of each family
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A method on a base, with data."""
+
+    case: Case
+    family: Family
+    method: Method
+    task: Task
+    feed: Feed
+
+    def batch(self, samples: Sequence[int] = range(4)) -> Batch:
+        return self.feed.batch([Slot(i, 0, i, 1.0) for i in samples], float(len(samples)))
+
+    def optimiser(self, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+        rate = self.case.learning_rate
+        return optimiser.build(self.method.groups(rate), "adamw", rate, weight_decay)
+
+    def step(self, batch: Batch, made: torch.optim.Optimizer) -> float:
+        """One training step; the loss before it."""
+        made.zero_grad()
+        loss, _ = self.task(batch)
+        loss.backward()
+        made.step()
+        return float(loss.detach())
+
+    def wake(self) -> None:
+        """Move every trained tensor off its start, so that nothing is zero."""
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in self.task.trained():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+    def gradients(self) -> dict[str, Tensor]:
+        found = {name: p.grad for name, p in self.task.named_trained()}
+        assert found and all(g is not None for g in found.values()), [n for n, g in found.items() if g is None]
+        return {name: g.clone() for name, g in found.items() if g is not None}
+
+
+Build = Callable[..., Bench]
+
+
+@pytest.fixture(scope="session")
+def cases() -> tuple[Case, ...]:
+    """The whole table."""
+    return CASES
+
+
+@pytest.fixture(params=CASES, ids=lambda case: case.name)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Each row."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """A few pictures of a coloured disc, with captions."""
+    folder = tmp_path_factory.mktemp("pictures")
+    made = []
+    for number in range(COUNT):
+        picture = Image.new("RGB", (SIZE + 4 * number, SIZE), (40 * number, 90, 200 - 30 * number))
+        ImageDraw.Draw(picture).ellipse((6 + number, 5, 20 + number, 24), (250, 255 - 40 * number, 20))
+        place = folder / f"{number}.png"
+        picture.save(place)
+        made.append(Sample(place, (f"a toy {number} in {'abcdef'[number]}",)))
+    return made
+
+
+@pytest.fixture(scope="session")
+def hashes(tmp_path_factory: pytest.TempPathFactory) -> Hashes:
+    return Hashes(tmp_path_factory.mktemp("hashes"))
+
+
+@pytest.fixture
+def load(request: pytest.FixtureRequest, hashes: Hashes) -> Callable[[Case], Family]:
+    """A fresh base of a row's family, no method on it."""
+
+    def fresh(case: Case) -> Family:
+        folder: Path = request.getfixturevalue(FOLDERS[case.family])
+        needs = importlib.import_module(f"tuner.methods.{case.method}").METHOD.NEEDS
+        return base.load(str(folder), None, (), needs, 0, hashes)
+
+    return fresh
+
+
+@pytest.fixture
+def build(load: Callable[[Case], Family], samples: list[Sample]) -> Build:
+    """A row's method on a fresh base; `seed` of the method."""
+
+    def made(case: Case, seed: int = 0) -> Bench:
+        family = load(case)
+        file = importlib.import_module(f"tuner.methods.{case.method}")
+        method = file.METHOD(file.Config(**case.config), family, seed)
+        method.train_mode(True)
+        task = Task(family, [method], Objective.from_scheduler_config(family.scheduler_config))
+        feed = Feed(
+            samples,
+            SIZE,
+            11,
+            CaptionRule(replace=method.replacements()),
+            Latents(family.latent_channels, family.factor),
+            Texts(family.tokenize if family.text_encoders else None),
+            method.condition,
+        )
+        return Bench(case, family, method, task, feed)
+
+    return made
+
+
+@pytest.fixture
+def bench(case: Case, build: Build) -> Bench:
+    """Each row, built."""
+    return build(case)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Sums in one order, so that equal work gives equal bits."""
+    torch.set_num_threads(1)

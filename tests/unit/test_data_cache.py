@@ -1,0 +1,312 @@
+"""A cache whose entries are named by what they depend on: nothing stale is used, nothing is encoded twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tuner import base
+from tuner.data import assemble, cache, loader
+from tuner.data.cache import Hashes, Store, key
+from tuner.data.captions import CaptionRule
+from tuner.data.loader import Feed
+from tuner.data.plan import Slot
+from tuner.data.sources import Sample
+from tuner.family import Family, Moments
+from tuner.text import Text, Tokens
+
+COUNT = 5
+
+
+def test_golden_key() -> None:
+    """If this fails, what names stand for has changed: raise cache.VERSION and put the new values here."""
+    assert cache.VERSION == 1
+    assert key(caption="ein Käfer", dtype="float32") == "1f510cd18e89ea297b649c2e98b92db11968792d"
+    assert key(dtype="float32", caption="ein Käfer") == key(caption="ein Käfer", dtype="float32")
+
+
+def test_the_version_is_part_of_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = key(a=1)
+    monkeypatch.setattr(cache, "VERSION", cache.VERSION + 1)
+    assert key(a=1) != before
+
+
+def test_hashes_are_made_again_when_size_time_or_file_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: (read.append(self.name), whole(self))[1])
+    file = tmp_path / "a"
+    file.write_bytes(b"one")
+    stamp = file.stat().st_mtime_ns
+
+    def made() -> tuple[str, int]:
+        read.clear()
+        return Hashes(tmp_path / "cache").of([file])[file], len(read)
+
+    first, reads = made()
+    assert reads == 1 and len(first) == 64
+    assert made() == (first, 0)
+    file.write_bytes(b"longer")  # another size, the same time
+    os.utime(file, ns=(stamp, stamp))
+    second, reads = made()
+    assert reads == 1 and second != first
+    os.utime(file, ns=(stamp + 10**9, stamp + 10**9))  # another time
+    assert made() == (second, 1)
+    (tmp_path / "b").write_bytes(b"writer")  # another file of that name, size and time
+    os.utime(tmp_path / "b", ns=(stamp + 10**9, stamp + 10**9))
+    (tmp_path / "b").replace(file)
+    third, reads = made()
+    assert reads == 1 and third not in {first, second}
+    assert made() == (third, 0)
+
+
+def test_a_store_keeps_tensors_bitwise_and_sees_what_others_wrote(tmp_path: Path) -> None:
+    one, other = Store(tmp_path), Store(tmp_path)
+    entries = {name: torch.randn(2, 3) for name in "abc"}
+    one.write(entries)
+    assert all(name in one for name in entries) and "a" not in other
+    other.refresh()
+    for store in (one, other, Store(tmp_path)):
+        assert [torch.equal(store.read(name), tensor) for name, tensor in entries.items()] == [True] * 3
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
+def test_a_torn_shard_is_taken_away(tmp_path: Path, share: float) -> None:
+    Store(tmp_path).write({"kept": torch.ones(2)})
+    (kept,) = tmp_path.iterdir()
+    Store(tmp_path).write({"torn": torch.ones(100)})
+    (torn,) = set(tmp_path.iterdir()) - {kept}
+    content = torn.read_bytes()
+    torn.write_bytes(content[: int(len(content) * share)])
+    store = Store(tmp_path)
+    assert "torn" not in store and "kept" in store
+    assert list(tmp_path.iterdir()) == [kept]
+    store.write({"torn": torch.ones(100)})
+    assert torch.equal(Store(tmp_path).read("torn"), torch.ones(100))
+
+
+class Counting:
+    """What the encoders of a family were asked for."""
+
+    def __init__(self, family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pictures, self.captions = 0, 0
+        images, prompts = family.encode_images, family.encode_prompts
+
+        def encode_images(pixels: torch.Tensor) -> Moments:
+            self.pictures += len(pixels)
+            return images(pixels)
+
+        def encode_prompts(tokens: Tokens, rows: torch.Tensor | None = None) -> Text:
+            self.captions += len(tokens.ids)
+            return prompts(tokens, rows)
+
+        monkeypatch.setattr(family, "encode_images", encode_images)
+        monkeypatch.setattr(family, "encode_prompts", encode_prompts)
+
+    def take(self) -> tuple[int, int]:
+        found = self.pictures, self.captions
+        self.pictures = self.captions = 0
+        return found
+
+
+@pytest.fixture
+def family(sd1_folder: Path, tmp_path: Path) -> Iterator[Family]:
+    yield base.load(str(sd1_folder), None, (), ("vae", "text_encoder"), 0, Hashes(tmp_path / "hashes"))
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> list[Sample]:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    made = []
+    for number in range(COUNT):
+        noise = np.random.default_rng(number).integers(0, 255, (6, 5, 3)).astype(np.uint8)
+        place = folder / f"{number}.png"
+        Image.fromarray(noise).resize((40, 48), Image.Resampling.NEAREST).save(place)
+        made.append(Sample(place, (f"red {number}", f"toy {number}")))
+    return made
+
+
+def wanted(tmp_path: Path, rule: CaptionRule | None = None, flip: bool = True) -> assemble.Wanted:
+    return assemble.Wanted(
+        size=32,
+        seed=3,
+        crop="center",
+        flip=flip,
+        captions=rule or CaptionRule(),
+        condition=None,
+        cache=tmp_path / "cache",
+        latents=True,
+        text=True,
+    )
+
+
+def made(samples: list[Sample], about: assemble.Wanted, family: Family) -> Feed:
+    assert about.cache is not None
+    return assemble.feed(samples, about, family, Hashes(about.cache))
+
+
+def slots(feed: Feed) -> list[Slot]:
+    return [Slot(index, epoch, index, 1.0) for epoch in range(3) for index in range(len(feed.samples))]
+
+
+def test_cached_and_uncached_batches_are_equal(family: Family, samples: list[Sample], tmp_path: Path) -> None:
+    about = wanted(tmp_path)
+    cached = made(samples, about, family)
+    plain = assemble.feed(samples, replace(about, cache=None), family, Hashes(tmp_path / "hashes"))
+    assert cached.latents.store is not None and cached.texts.store is not None
+    assert plain.latents.store is None and plain.texts.store is None
+    chosen = slots(cached)
+    assert {cached.transform(slot).flip for slot in chosen} == {True, False}
+    one, other = cached.batch(chosen, 15.0), plain.batch(chosen, 15.0)
+    assert one.captions == other.captions and len(set(one.captions)) > COUNT
+    for name in ("u", "noise", "posterior", "weight"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    assert one.pixels is None and one.moments is not None and other.pixels is not None
+    assert one.tokens is None and one.text is not None and other.tokens is not None
+    # Not bitwise: the kernels for another number of pictures at once add up in another order.
+    fresh = family.encode_images(other.pixels)
+    for mine, theirs in zip(one.moments, fresh, strict=True):
+        assert mine.shape == (15, 4, 4, 4)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        hidden = family.encode_prompts(other.tokens).hidden
+    torch.testing.assert_close(one.text.hidden, hidden, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_unchanged_is_never_encoded_again(
+    family: Family, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about, counting = wanted(tmp_path), Counting(family, monkeypatch)
+    probe = 1  # one empty caption is encoded to learn the size of an entry
+    made(samples, about, family)
+    assert counting.take() == (2 * COUNT, 2 * COUNT + probe)
+    again = made(samples, about, family)
+    assert counting.take() == (0, probe)
+    again.batch(slots(again), 15.0)
+    assert counting.take() == (0, 0)
+    # The same pictures elsewhere and in another order are unchanged content.
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    others = [s._replace(path=s.path.rename(moved / f"other-{s.path.name}")) for s in reversed(samples)]
+    made(others, about, family)
+    assert counting.take() == (0, probe)
+    # A prompt that may be dropped adds one caption; unmirrored pictures are there already.
+    made(others, replace(about, captions=CaptionRule(drop=0.5), flip=False), family)
+    assert counting.take() == (0, probe + 1)
+
+
+def test_what_has_changed_is_encoded_anew_and_alone(
+    family: Family, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about, counting = wanted(tmp_path, flip=False), Counting(family, monkeypatch)
+    before = made(samples, about, family)
+    assert counting.take() == (COUNT, 2 * COUNT + 1)
+    slot = Slot(0, 0, 0, 1.0)
+    old = before.batch([slot], 1.0).moments
+    Image.new("RGB", (40, 48), "blue").save(samples[0].path)  # another picture
+    after = made(samples, about, family)
+    assert counting.take() == (1, 1)
+    new = after.batch([slot], 1.0).moments
+    assert old is not None and new is not None and not torch.equal(old.mean, new.mean)
+    changed = [samples[0]._replace(captions=("a red thing",)), *samples[1:]]  # another caption
+    made(changed, about, family)
+    assert counting.take() == (0, 2)
+    made(samples, replace(about, captions=CaptionRule(prefix="the ")), family)  # other final captions
+    assert counting.take() == (0, 2 * COUNT + 1)
+    made(samples, replace(about, size=40), family)  # another resolution
+    assert counting.take() == (COUNT, 1)
+    family.digests = {**family.digests, "vae": "another autoencoder"}
+    made(samples, about, family)
+    assert counting.take() == (COUNT, 1)
+    family.digests = {**family.digests, "text_encoder": "another text encoder"}
+    made(samples, about, family)
+    assert counting.take() == (0, 2 * COUNT + 1)
+
+
+def test_a_torn_shard_is_encoded_again(
+    family: Family, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about, counting = wanted(tmp_path, flip=False), Counting(family, monkeypatch)
+    good = made(samples, about, family)
+    chosen = slots(good)
+    expected = good.batch(chosen, 15.0)
+    counting.take()
+    (shard,) = (tmp_path / "cache" / "latents").iterdir()
+    os.truncate(shard, shard.stat().st_size - 7)
+    again = made(samples, about, family)
+    assert counting.take() == (COUNT, 1)
+    found = again.batch(chosen, 15.0)
+    assert expected.moments is not None and found.moments is not None
+    assert torch.equal(expected.moments.mean, found.moments.mean)
+
+
+def test_another_autoencoder_or_text_encoder_has_another_digest(
+    family: Family, sd1_folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    hashes = Hashes(tmp_path / "hashes")
+    copy = tmp_path / "vae"
+    copy.mkdir()
+    for file in (sd1_folder / "vae").iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    assert base.component_digest(copy, hashes) == family.digests["vae"] != family.digests["text_encoder"]
+    (weights,) = copy.glob("*.safetensors")
+    tensors = load_file(weights)
+    first = next(iter(tensors))
+    tensors[first].view(-1)[0] += 1e-3
+    save_file(tensors, weights)
+    assert base.component_digest(copy, hashes) != family.digests["vae"]
+
+
+def test_nothing_is_cached_where_it_is_not_valid(family: Family, samples: list[Sample], tmp_path: Path) -> None:
+    about = wanted(tmp_path)
+    random_crops = made(samples, replace(about, crop="random"), family)
+    assert random_crops.latents.store is None and random_crops.texts.store is not None
+    trained_encoder = made(samples, replace(about, text=False), family)
+    assert trained_encoder.texts.store is None and trained_encoder.latents.store is not None
+    trained_vae = made(samples, replace(about, latents=False), family)
+    assert trained_vae.latents.store is None
+
+
+def test_many_captions_are_encoded_in_each_step(
+    family: Family, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assemble, "TEXT_LIMIT", 1000)
+    feed = made(samples, wanted(tmp_path), family)
+    assert feed.texts.store is None
+    assert feed.batch(slots(feed), 15.0).tokens is not None
+
+
+def test_processes_share_the_encoding(family: Family, samples: list[Sample], tmp_path: Path) -> None:
+    """What one process encodes is its part; after the others have done theirs it sees everything."""
+    parts: list[set[str]] = []
+
+    def other() -> None:
+        if parts:
+            return
+        parts.append(set(Store(tmp_path / "cache" / "latents").index))
+        made(samples, replace(about, rank=1, wait=lambda: None), family)
+
+    about = replace(wanted(tmp_path, flip=False), processes=2, wait=other, text=False)
+    feed = made(samples, about, family)
+    assert feed.latents.store is not None
+    assert len(parts) == 1 and len(parts[0]) == 3
+    assert len(feed.latents.store.index) == COUNT
+    assert feed.batch(slots(feed), 15.0).moments is not None
+
+
+def test_the_loader_reads_a_picture_like_the_feed(samples: list[Sample], family: Family, tmp_path: Path) -> None:
+    feed = made(samples, wanted(tmp_path, flip=False), family)
+    assert np.array_equal(loader.load_uint8(samples[0].path, 32), feed.picture(Slot(0, 0, 0, 1.0)))

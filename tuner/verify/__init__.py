@@ -1,0 +1,68 @@
+"""Every export is loaded back, and its effect compared with the trainer's own, before a run says it is done.
+
+One file for each method, found by the method's file name. Its `check(scene, method, files, card)` proves the
+method's files through the loaders that users have (diffusers, transformers) and returns a line for each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+from tuner.family import Family
+from tuner.method import Card, Method
+from tuner.verify.compare import VerifyError
+from tuner.verify.public import check_metadata
+from tuner.verify.scene import Scene, exact
+
+__all__ = ["VerifyError", "check"]
+
+
+class _Check(Protocol):
+    def __call__(
+        self, scene: Scene, method: Method, files: Sequence[Path], card: Card
+    ) -> dict[Path, str]: ...
+
+
+def check(family: Family, methods: Sequence[Method], files: Sequence[Path], card: Card) -> list[str]:
+    """Prove the exported files; a line in plain words for each.
+
+    Everything is computed in float32 without autocast, at inputs that are always the same. Besides the
+    trainer's networks one copy of the denoiser (or one network read from the export) is held at a time, and
+    while a base is held in half precision, its float32 form.
+
+    The trainer's networks, their modes, which tensors want gradients, and the process's random state are left
+    as they were, bitwise.
+
+    Args:
+        methods: those that were exported, as they are now.
+        files: everything they wrote, as `Method.export` returned it.
+        card: what they were exported with.
+
+    Raises:
+        VerifyError: a file lacks or has too many keys, does not load, says what it should not about the
+            machine, or has another effect than the trainer's own; the message names keys or the difference.
+    """
+    lines: dict[Path, str] = {}
+    with exact(family, methods):
+        scene = Scene.of(family)
+        for method in methods:
+            with scene.without([other for other in methods if other is not method]):
+                proved = _check_of(method)(scene, method, files, card)
+            for path in proved:
+                check_metadata(path, card.metadata.get(method.kind, {}))
+            lines |= proved
+    if unproved := [path.name for path in files if path not in lines]:
+        raise VerifyError(f"{len(unproved)} of {len(files)} exported files have no check: {unproved}")
+    assert len(lines) == len(files) > 0
+    return [lines[path] for path in files]
+
+
+def _check_of(method: Method) -> _Check:
+    """The check that belongs to a method's file."""
+    name = type(method).__module__.rpartition(".")[2]
+    assert importlib.util.find_spec(f"tuner.verify.{name}") is not None, f"there is no tuner/verify/{name}.py"
+    return cast(_Check, importlib.import_module(f"tuner.verify.{name}").check)

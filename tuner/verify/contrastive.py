@@ -1,0 +1,39 @@
+"""The CLIP pair's folders embed captions and pictures as the trained pair does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.nn.functional as F
+
+from tuner.method import Card, Method
+from tuner.methods.contrastive import Contrastive
+from tuner.verify.compare import one, same_output, short
+from tuner.verify.component import folder_name, read_back
+from tuner.verify.scene import PROMPTS, Scene
+
+
+def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> dict[Path, str]:
+    """Prove `diffusers/text_encoder/` and `diffusers/image_encoder/`.
+
+    Raises:
+        VerifyError: a folder's tensors, configuration or outputs are not the trained encoder's.
+    """
+    assert isinstance(method, Contrastive)
+    side = int(method.image_encoder.config.image_size)
+    ids = scene.family.tokenize(PROMPTS).to(scene.family.device).ids[:, 0]
+    pixels = F.interpolate(scene.picture, (side, side)) * 2 - 1
+    inputs = {"text_encoder": ids, "image_encoder": pixels}
+    lines: dict[Path, str] = {}
+    for name, output in (("text_encoder", "last_hidden_state"), ("image_encoder", "image_embeds")):
+        path = one(files, f"diffusers/{name}/model.safetensors")
+        trained = getattr(method, name)
+        loaded, count = read_back(path, trained, card)
+        found, wanted = (getattr(network(inputs[name]), output) for network in (loaded, trained))
+        error = same_output(f"{folder_name(path)}: the output", found, wanted, card.dtype)
+        lines[path] = (
+            f"{folder_name(path)}: all {count} tensors loaded by transformers; "
+            f"the output differs by {error:.1e} of its size ({short(card.dtype)})"
+        )
+    return lines

@@ -1,0 +1,138 @@
+"""LoRA: the file, loaded by diffusers into a bare base, changes it as the trained adapters do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuner.export.kohya import LoraError, LoraModule, from_kohya, kohya_name
+from tuner.method import Card, Method
+from tuner.methods.lora import Lora
+from tuner.text import Text
+from tuner.verify.compare import LOADING, NOISE, VerifyError, load, norm, one, same_effect, same_keys, short
+from tuner.verify.scene import PROMPTS, Scene
+
+PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
+ADAPTER = "export"
+
+
+def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> dict[Path, str]:
+    """Prove `NAME.safetensors` through `load_lora_weights` and `unload_lora_weights`.
+
+    Raises:
+        VerifyError: keys are missing or unexpected, a layer's change or the prediction is not the trainer's,
+            or unloading does not give the base back bitwise.
+    """
+    assert isinstance(method, Lora)
+    path = one(files, f"{card.name}.safetensors")
+    tensors, trained = load(path), method.modules_by_path()
+    wanted = [f"{kohya_name(place)}.{part}" for place in trained for part in PARTS]
+    count = same_keys(path.name, tensors, wanted)
+    _types(path, tensors, card.dtype)
+    # diffusers gives every layer the commonest alpha, other tools each its own: both must be the trained one.
+    _same_layers(path.name, _own_layers(path, tensors, trained), trained, card.dtype)
+    own_text = scene.text(method)
+    own = scene.own(method, own_text)
+    pipe = scene.bare_pipeline()
+    base_text, base = _outputs(scene, pipe)
+    with method.off(scene.family):
+        _same_base(path, scene.own(method, scene.text(method)), base)
+    try:
+        pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=ADAPTER)
+    except LOADING as error:
+        raise VerifyError(f"{path.name} does not load in diffusers: {error}") from error
+    _same_layers(f"{path.name}, loaded by diffusers,", _loaded_layers(pipe), trained, card.dtype)
+    text, prediction = _outputs(scene, pipe)
+    hidden = (text.hidden, own_text.hidden, base_text.hidden)
+    same_effect(f"{path.name}: the encoded prompt", *hidden, card.dtype)
+    difference = same_effect(f"{path.name}: the prediction", prediction, own, base, card.dtype)
+    pipe.unload_lora_weights()
+    after_text, after = _outputs(scene, pipe)
+    if not (torch.equal(after, base) and torch.equal(after_text.hidden, base_text.hidden)):
+        raise VerifyError(f"{path.name}: unloading it does not give the base back")
+    return {
+        path: f"{path.name}: all {count} keys loaded by diffusers into {len(trained)} layers; a "
+        f"prediction differs by {difference:.1e} of the adapters' effect "
+        f"({short(card.dtype)}); unloading gives the base back bitwise"
+    }
+
+
+def _outputs(scene: Scene, pipe: Any) -> tuple[Text, Tensor]:
+    """The prompts as the pipeline encodes them [2, 77, D], and its prediction [2, C, h, w]."""
+    hidden = pipe.encode_prompt(list(PROMPTS), scene.family.device, 1, False)[0]
+    return Text(hidden), scene.with_denoiser(pipe.unet, Text(hidden))
+
+
+def _types(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise VerifyError(f"{path.name}: {name} is {short(tensor.dtype)}, expected {short(dtype)}")
+
+
+def _same_base(path: Path, off: Tensor, base: Tensor) -> None:
+    """The copied base is the trainer's with its adapters off, else the comparison would mean nothing."""
+    if norm(off - base) > NOISE * norm(base):
+        raise VerifyError(f"{path.name}: the base that was trained on is not the base that the check copied")
+
+
+def _same_layers(
+    where: str, found: Mapping[str, LoraModule], trained: Mapping[str, LoraModule], dtype: torch.dtype
+) -> None:
+    """Each layer's change, scale * up @ down, is the trained one within the rounding of its factors."""
+    same_keys(where, found, trained)
+    for place, module in trained.items():
+        has, wants = _change(found[place]), _change(module)
+        if has.shape != wants.shape:
+            shapes = f"{list(has.shape)} numbers, expected {list(wants.shape)}"
+            raise VerifyError(f"{where}: {kohya_name(place)} changes {shapes}")
+        error, bound = norm(has.to(wants.device) - wants), _rounding(module, dtype)
+        if not error <= bound:
+            raise VerifyError(
+                f"{where}: {kohya_name(place)} changes its layer otherwise than training did: off by "
+                f"{error:.2g}, {short(dtype)} allows {bound:.2g}, the change is {norm(wants):.2g}"
+            )
+
+
+def _own_layers(
+    path: Path, tensors: Mapping[str, Tensor], trained: Mapping[str, LoraModule]
+) -> dict[str, LoraModule]:
+    """The layers that the file says, by the format's own rule."""
+    try:
+        return from_kohya(tensors, trained)
+    except LoraError as error:
+        raise VerifyError(f"{path.name}: {error}") from error
+
+
+def _loaded_layers(pipe: Any) -> dict[str, LoraModule]:
+    """The layers that hold the loaded adapter, by component and module path."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: dict[str, LoraModule] = {}
+    for component, network in pipe.components.items():
+        if not isinstance(network, torch.nn.Module):
+            continue
+        for name, layer in network.named_modules():
+            if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
+                down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+                layers[f"{component}.{name}"] = LoraModule(down, up, float(layer.scaling[ADAPTER]))
+    return layers
+
+
+def _change(module: LoraModule) -> Tensor:
+    """scale * up @ down [out, in * kh * kw] in float64."""
+    return module.scale * module.up.double().flatten(1) @ module.down.double().flatten(1)
+
+
+def _rounding(module: LoraModule, dtype: torch.dtype) -> float:
+    """Four times what rounding `down`, `up` and alpha to `dtype` may change scale * up @ down, as a norm.
+
+    |up' down' - up down| <= |up' - up| |down| + |up'| |down' - down|, and alpha is off by eps at most.
+    """
+    up, down = module.up.float(), module.down.float()
+    off = norm(up.to(dtype).float() - up) * norm(down) + norm(up) * norm(down.to(dtype).float() - down)
+    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    return 4 * abs(module.scale) * (off + eps * norm(up) * norm(down))
