@@ -62,12 +62,12 @@ pip_install() { "$python" -m pip install --no-input "$@" >>"$log" 2>&1; }
 
 install_torch_for_cpu() {
   # On Linux the registry's ordinary torch needs several GB of CUDA packages. A machine without a GPU
-  # takes the CPU build of the same version: from where pip is set up to look, else from PyTorch's own index.
+  # takes the CPU build of the same version, where pip is set up to find one (PIP_EXTRA_INDEX_URL).
   local version
   version=$(sed -n 's/^torch==//p' constraints.txt)
   pip_install --no-deps "torch==$version+cpu" && return
-  pip_install --no-deps --timeout 15 --index-url https://download.pytorch.org/whl/cpu "torch==$version+cpu" && return
-  say 'the CPU build of torch was not found; the ordinary one is taken, with its CUDA packages (several GB)'
+  say 'no CPU build of torch where pip looks; the ordinary one is taken, with its CUDA packages (several GB).' \
+    "To avoid that, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds and start again."
 }
 
 explain_failure() {

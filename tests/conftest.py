@@ -7,6 +7,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, and no time limit for one: machines are busy.
+settings.register_profile("tuner", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("tuner")
 
 
 @pytest.fixture(scope="session")

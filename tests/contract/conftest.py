@@ -58,7 +58,7 @@ CASES = (
         "textual_inversion",
         {"token": "<new>", "init": "red", "vectors": 2, "replace": "toy"},
         learning_rate=0.1,
-        falls=0.98,  # a random UNet hardly listens to its text; the step is the same each time, so this is learned
+        falls=0.98,  # a random UNet hardly listens to its text; but each step is the same step
     ),
     Case("lora", {"rank": 4}, learning_rate=1e-2),
     Case(
@@ -107,7 +107,9 @@ class Bench:
 
     def gradients(self) -> dict[str, Tensor]:
         found = {name: p.grad for name, p in self.task.named_trained()}
-        assert found and all(g is not None for g in found.values()), [n for n, g in found.items() if g is None]
+        assert found and all(g is not None for g in found.values()), [
+            n for n, g in found.items() if g is None
+        ]
         return {name: g.clone() for name, g in found.items() if g is not None}
 
 

@@ -35,7 +35,9 @@ def main(processes: int, out: Path, places: list[Path]) -> None:
             assert loop.train(made, log, None, stop)
         assert torch.distributed.get_world_size() == processes if processes > 1 else True
         if accelerator.is_main_process:
-            save_file({n: t.contiguous() for n, t in made.task.tensors().items()}, out / f"{about.name}.safetensors")
+            save_file(
+                {n: t.contiguous() for n, t in made.task.tensors().items()}, out / f"{about.name}.safetensors"
+            )
             facts = {"processes": accelerator.num_processes, "accumulate": made.division.accumulate}
             (out / f"{about.name}.json").write_text(json.dumps(facts))
         accelerator.wait_for_everyone()

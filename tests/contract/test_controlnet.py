@@ -47,7 +47,12 @@ def test_the_clone_is_the_base_and_the_zeros_are_zero(controlnet: Bench) -> None
     own = {name.removeprefix("branch."): p for name, p in controlnet.method.trained().items()}
     shared = own.keys() & unet.keys()
     assert len(shared) > 50
-    assert {name.split(".")[0] for name in shared} == {"conv_in", "time_embedding", "down_blocks", "mid_block"}
+    assert {name.split(".")[0] for name in shared} == {
+        "conv_in",
+        "time_embedding",
+        "down_blocks",
+        "mid_block",
+    }
     for name in shared:
         assert torch.equal(own[name], unet[name]) and own[name].data_ptr() != unet[name].data_ptr(), name
     zeros = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from torch import Tensor
 
 import tuner.families
 import tuner.methods
+from tuner.data import assemble
+from tuner.data.cache import Hashes
 from tuner.data.loader import Division, stream
-from tuner.data.plan import Plan
+from tuner.data.plan import Plan, Slot
 from tuner.errors import UserError
 from tuner.family import Family
 
@@ -80,7 +84,9 @@ def test_trained_tensors_survive_a_round_trip_bitwise(bench: Bench, build: Calla
     other.task.load_tensors(saved)
     found = other.task.tensors()
     assert found.keys() == saved.keys() >= {name for name, _ in bench.task.named_trained()}
-    assert all(torch.equal(found[name], saved[name]) and found[name].dtype == saved[name].dtype for name in saved)
+    assert all(
+        torch.equal(found[name], saved[name]) and found[name].dtype == saved[name].dtype for name in saved
+    )
     bench.method.train_mode(False)
     other.method.train_mode(False)
     assert torch.equal(bench.task.evaluate(batch), other.task.evaluate(batch))
@@ -135,7 +141,7 @@ def test_off_is_the_base_bitwise_and_after_it_the_adapted_one_again(
     bench.method.train_mode(False)
     batch, t = bench.batch(), torch.tensor([0, 250, 500, 999])
     fresh = load(bench.case)
-    words = {name: bench.case.config["init"] for name in getattr(bench.method, "names", ())}
+    words = dict.fromkeys(getattr(bench.method, "names", ()), bench.case.config.get("init"))
     captions = [" ".join(words.get(word, word) for word in caption.split()) for caption in batch.captions]
 
     def base_alone(family: Family, text: Any) -> Tensor:
@@ -154,7 +160,9 @@ def test_off_is_the_base_bitwise_and_after_it_the_adapted_one_again(
     assert float((found - expected).abs().max()) == 0.0
     assert torch.equal(before, after)
     assert not torch.equal(before, expected)
-    assert {id(p) for p in bench.task.parameters() if p.requires_grad} == {id(p) for p in bench.task.trained()}
+    assert {id(p) for p in bench.task.parameters() if p.requires_grad} == {
+        id(p) for p in bench.task.trained()
+    }
 
 
 def test_a_bf16_step_leaves_what_is_trained_in_float32(bench: Bench) -> None:
@@ -219,6 +227,37 @@ def test_places_of_weight_0_count_for_nothing(bench: Bench) -> None:
     for name, gradient in bench.gradients().items():
         scale = float(gradient.abs().max())
         torch.testing.assert_close(filled[name], gradient, rtol=1e-4, atol=2e-5 * scale + 1e-8)
+
+
+def test_a_cached_step_is_the_same_step(bench: Bench, tmp_path: Path) -> None:
+    method, feed = bench.method, bench.feed
+    wanted = assemble.Wanted(
+        size=feed.size,
+        seed=feed.seed,
+        crop="center",
+        flip=True,
+        captions=feed.captions,
+        condition=method.condition,
+        cache=tmp_path / "cache",
+        latents=method.CACHES_LATENTS,
+        text=method.CACHES_TEXT,
+    )
+    hashes = Hashes(tmp_path / "cache")
+    bench.wake()
+    method.train_mode(False)
+    losses = []
+    for about in (wanted, replace(wanted, cache=None)):
+        made = assemble.feed(feed.samples, about, bench.family, hashes)
+        cached = about.cache is not None
+        assert (made.latents.store is not None) == (cached and method.CACHES_LATENTS)
+        assert (made.texts.store is not None) == (
+            cached and method.CACHES_TEXT and "text_encoder" in method.NEEDS
+        )
+        batch = made.batch([Slot(i, 0, i, 1.0) for i in range(6)], 6.0)
+        losses.append(bench.task.evaluate(batch))
+    assert losses[0].shape == (6,)
+    # Not bitwise: encoding another number of samples at once adds up in another order.
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
 
 
 def test_cached_captions_are_claimed_only_where_no_trained_tensor_acts_on_them(bench: Bench) -> None:

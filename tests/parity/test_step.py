@@ -1,6 +1,6 @@
 """One training step against the same step written with plain diffusers, transformers and peft calls.
 
-Of the framework only the batch's numbers are used: pixels, captions, condition, noise and the timestep's draw.
+Of the framework only the batch's numbers are used: pixels, captions, condition, noise, the timestep's draw.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Plain:
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").requires_grad_(False).eval()
+        self.text_encoder = (
+            CLIPTextModel.from_pretrained(folder / "text_encoder").requires_grad_(False).eval()
+        )
         self.vae = AutoencoderKL.from_pretrained(folder / "vae").requires_grad_(False).eval()
         self.unet = UNet2DConditionModel.from_pretrained(folder / "unet").requires_grad_(False).eval()
         self.scheduler = DDPMScheduler.from_pretrained(folder / "scheduler")
@@ -105,7 +107,9 @@ class Ours:
         self.method.train_mode(True)
         loss, _ = self.task(self.batch)
         loss.backward()
-        return loss.detach(), {name: p.grad for name, p in self.method.trained().items() if p.grad is not None}
+        return loss.detach(), {
+            name: p.grad for name, p in self.method.trained().items() if p.grad is not None
+        }
 
 
 def assert_same(mine: dict[str, Tensor], theirs: dict[str, Tensor], least: int) -> None:
@@ -114,7 +118,9 @@ def assert_same(mine: dict[str, Tensor], theirs: dict[str, Tensor], least: int) 
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     assert largest > 0
     for name, gradient in theirs.items():
-        torch.testing.assert_close(mine[name], gradient, rtol=1e-5, atol=1e-6 * largest, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            mine[name], gradient, rtol=1e-5, atol=1e-6 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -122,7 +128,9 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("awake", [False, True])
-def test_controlnet(sd1_folder: Path, tmp_path: Path, plain: Plain, samples: list[Sample], awake: bool) -> None:
+def test_controlnet(
+    sd1_folder: Path, tmp_path: Path, plain: Plain, samples: list[Sample], awake: bool
+) -> None:
     ours = Ours(sd1_folder, tmp_path, controlnet.ControlNet, controlnet.Config(), samples)
     branch = ControlNetModel.from_unet(plain.unet)
     # The condition encoder's start is drawn: the same numbers for both.
@@ -183,7 +191,9 @@ def test_textual_inversion(
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])
-def test_lora(sd1_folder: Path, tmp_path: Path, plain: Plain, samples: list[Sample], text_encoder: bool) -> None:
+def test_lora(
+    sd1_folder: Path, tmp_path: Path, plain: Plain, samples: list[Sample], text_encoder: bool
+) -> None:
     config = lora.Config(rank=4, alpha=2.0, text_encoder=text_encoder)
     ours = Ours(sd1_folder, tmp_path, lora.Lora, config, samples)
     hosts: dict[str, Any] = {"unet": plain.unet}
@@ -193,7 +203,8 @@ def test_lora(sd1_folder: Path, tmp_path: Path, plain: Plain, samples: list[Samp
     if text_encoder:
         hosts["text_encoder"] = plain.text_encoder
         plain.text_encoder.add_adapter(
-            LoraConfig(r=4, lora_alpha=2.0, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"]), "tuner"
+            LoraConfig(r=4, lora_alpha=2.0, target_modules=["q_proj", "k_proj", "v_proj", "out_proj"]),
+            "tuner",
         )
     theirs = {f"{c}.{n}": p for c, m in hosts.items() for n, p in m.named_parameters() if p.requires_grad}
     generator = torch.Generator().manual_seed(0)

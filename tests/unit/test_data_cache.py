@@ -270,7 +270,9 @@ def test_another_autoencoder_or_text_encoder_has_another_digest(
     assert base.component_digest(copy, hashes) != family.digests["vae"]
 
 
-def test_nothing_is_cached_where_it_is_not_valid(family: Family, samples: list[Sample], tmp_path: Path) -> None:
+def test_nothing_is_cached_where_it_is_not_valid(
+    family: Family, samples: list[Sample], tmp_path: Path
+) -> None:
     about = wanted(tmp_path)
     random_crops = made(samples, replace(about, crop="random"), family)
     assert random_crops.latents.store is None and random_crops.texts.store is not None
@@ -307,6 +309,8 @@ def test_processes_share_the_encoding(family: Family, samples: list[Sample], tmp
     assert feed.batch(slots(feed), 15.0).moments is not None
 
 
-def test_the_loader_reads_a_picture_like_the_feed(samples: list[Sample], family: Family, tmp_path: Path) -> None:
+def test_the_loader_reads_a_picture_like_the_feed(
+    samples: list[Sample], family: Family, tmp_path: Path
+) -> None:
     feed = made(samples, wanted(tmp_path, flip=False), family)
     assert np.array_equal(loader.load_uint8(samples[0].path, 32), feed.picture(Slot(0, 0, 0, 1.0)))

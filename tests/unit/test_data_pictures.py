@@ -62,7 +62,9 @@ def test_a_marker_lands_where_the_geometry_says(
         assert seen == pytest.approx((size - x if transform.flip else x, y), abs=0.75 + 0.25 * scale)
 
 
-@given(transform=TRANSFORMS, wide=st.integers(24, 60), high=st.integers(24, 60), scale=st.sampled_from([1, 2, 3]))
+@given(
+    transform=TRANSFORMS, wide=st.integers(24, 60), high=st.integers(24, 60), scale=st.sampled_from([1, 2, 3])
+)
 def test_a_picture_and_a_condition_of_another_size_stay_aligned(
     transform: Transform, wide: int, high: int, scale: int
 ) -> None:
@@ -70,16 +72,16 @@ def test_a_picture_and_a_condition_of_another_size_stay_aligned(
     condition = transform(marked(wide * scale, high * scale, 0.5, 0.5, 6 * scale))
     if not picture.any():  # the crop does not show it
         return
-    overlap = ((picture > 127) & (condition > 127)).sum() / max(1, ((picture > 127) | (condition > 127)).sum())
+    overlap = ((picture > 127) & (condition > 127)).sum() / max(
+        1, ((picture > 127) | (condition > 127)).sum()
+    )
     assert overlap > 0.7 or (picture > 127).sum() < 20
     if scale == 1:
         assert (picture == condition).all()
 
 
 def feed(samples: list[Sample], condition: str | None, crop: str = "random", size: int = 32) -> Feed:
-    return Feed(
-        samples, size, 7, CaptionRule(), Latents(4, 8), Texts(None), condition, flip=True, crop=crop
-    )
+    return Feed(samples, size, 7, CaptionRule(), Latents(4, 8), Texts(None), condition, flip=True, crop=crop)
 
 
 def on_disk(folder: Path, count: int = 6, condition_scale: int = 1) -> list[Sample]:
@@ -92,9 +94,7 @@ def on_disk(folder: Path, count: int = 6, condition_scale: int = 1) -> list[Samp
         picture.save(folder / f"{number}.png")
         bigger = picture.resize((wide * condition_scale, high * condition_scale), Image.Resampling.NEAREST)
         bigger.save(folder / f"{number}-condition.png")
-        samples.append(
-            Sample(folder / f"{number}.png", (f"{number}",), folder / f"{number}-condition.png")
-        )
+        samples.append(Sample(folder / f"{number}.png", (f"{number}",), folder / f"{number}-condition.png"))
     return samples
 
 

@@ -103,7 +103,9 @@ def test_a_picture_without_a_caption_is_an_error(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png")
     (tmp_path / "b.txt").write_text("fine")
-    assert error(tmp_path) == f"{tmp_path / 'a.png'}: no caption; expected a.txt beside it, or a metadata.jsonl"
+    assert (
+        error(tmp_path) == f"{tmp_path / 'a.png'}: no caption; expected a.txt beside it, or a metadata.jsonl"
+    )
 
 
 def test_many_errors_are_counted(tmp_path: Path) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import getpass
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,7 +19,7 @@ from tuner import verify
 from tuner.errors import UserError
 from tuner.export import cldm, files
 from tuner.method import Card, Method
-from tuner.verify import VerifyError, compare, component, public, scene
+from tuner.verify import VerifyError, component
 from tuner.verify import controlnet as controlnet_check
 from tuner.verify import lora as lora_check
 from tuner.verify import textual_inversion as inversion_check
@@ -261,7 +259,7 @@ def test_another_effect_is_seen_by_the_effect_alone(
     place = tmp_path / "export" / folder / "config.json"
     place.write_text(json.dumps(json.loads(place.read_text()) | change))
     monkeypatch.setattr(component, "same_config", lambda *_: None)
-    with pytest.raises(VerifyError, match=r"float16 allows 0\.02"):
+    with pytest.raises(VerifyError, match=r"float16 allows 0\.0"):
         case.check()
 
 
@@ -271,12 +269,13 @@ def test_a_loras_effect_is_compared_beside_its_layers(
     case = export("lora")
     monkeypatch.setattr(lora_check, "_same_layers", lambda *_: None)
     path = case.damage("case.safetensors", scale(f"{LAYER}v.lora_up.weight", 3))
-    with pytest.raises(VerifyError, match="the prediction: the export's effect is off by"):
+    with pytest.raises(VerifyError, match="the prediction is another one than the stored tensors give"):
         case.check()
     tensors, _ = files.load(path)
     ups = [name for name in tensors if name.endswith("lora_up.weight")]
     assert len(ups) == 82
     case.damage("case.safetensors", lambda t: t.update({name: 0 * t[name] for name in ups}))
+    monkeypatch.setattr(lora_check, "same_reading", lambda *_: None)
     with pytest.raises(VerifyError, match="changes nothing.*may be too small for float16"):
         case.check()
 
@@ -334,7 +333,7 @@ def test_a_controlnets_residuals_and_converters_are_compared(
     case = export("controlnet")
     monkeypatch.setattr(component, "same_tensors", lambda *_: 1)
     case.damage(FOLDER, scale("controlnet_mid_block.weight", 1.5))
-    with pytest.raises(VerifyError, match="residual 4: the export's effect is off by"):
+    with pytest.raises(VerifyError, match="residual 4 is another one than the stored tensors give"):
         case.check()
     case.damage(FOLDER, scale("controlnet_mid_block.weight", 1 / 1.5))
     monkeypatch.setattr(controlnet_check, "_same_residuals", lambda *_: 1)
@@ -370,36 +369,6 @@ def test_a_file_that_is_not_there_or_not_known_is_an_error(export: Callable[[str
         case.check()
 
 
-def test_metadata_is_the_cards_and_public(tmp_path: Path) -> None:
-    tensors = {"a": torch.zeros(2)}
-
-    def checked(metadata: dict[str, str], expected: dict[str, str] | None = None) -> None:
-        public.check_metadata(files.save(tmp_path / "a.safetensors", tensors, metadata), expected or {})
-
-    checked(
-        {"format": "pt", "tuner.recipe": '{"base": "owner/name", "text": "and/or a 1/2, ~ 5"}'},
-        {"format": "pt"},
-    )
-    with pytest.raises(VerifyError, match="has no metadata"):
-        checked({})
-    with pytest.raises(VerifyError, match="tuner.base is None, expected 'x'"):
-        checked({"format": "pt"}, {"tuner.base": "x"})
-    with pytest.raises(VerifyError, match="not the hash"):
-        checked({"modelspec.hash_sha256": "0x1"})
-    private = [
-        ('{"data": [{"path": "/data/pictures"}]}', "path of this machine"),
-        ('{"data": "C:\\\\pictures"}', "path of this machine"),
-        ('{"~/x": 1}', "path of this machine"),
-        (f'"made in {Path.cwd()}"', "path of this machine"),
-        (f"by {getpass.getuser()}", "name of the user"),
-        (f"on {socket.gethostname()}", "name of the user"),
-    ]
-    for value, message in private:
-        with pytest.raises(VerifyError, match=message):
-            checked({"tuner.versions": value})
-    checked({"tuner.recipe": f'"a {getpass.getuser()} on {socket.gethostname()}"'})  # the user's own words
-
-
 def test_a_config_file_with_a_path_is_not_public(export: Callable[[str], Export], tmp_path: Path) -> None:
     case = export("full")
     place = tmp_path / "export" / "diffusers" / "unet" / "config.json"
@@ -408,45 +377,3 @@ def test_a_config_file_with_a_path_is_not_public(export: Callable[[str], Export]
         VerifyError, match=r"unet/config.json holds a path of this machine: '/data/base/unet'"
     ):
         case.check()
-
-
-def test_the_bound_of_an_effect() -> None:
-    base, change = torch.ones(4), torch.tensor([1.0, -1.0, 1.0, -1.0])
-    assert compare.same_effect("x", base + change, base + change, base, torch.float32) == 0
-    half = compare.same_effect("x", base + 1.01 * change, base + change, base, torch.float16)
-    assert half == pytest.approx(0.01, rel=1e-5)
-    for factor, dtype in ((1.03, torch.float16), (1.001, torch.float32), (float("nan"), torch.float16)):
-        with pytest.raises(VerifyError, match="x: the export's effect is off by"):
-            compare.same_effect("x", base + factor * change, base + change, base, dtype)
-    with pytest.raises(VerifyError, match="changes nothing"):
-        compare.same_effect("x", base, base + change, base, torch.float32)
-    # An effect that is lost in float32's rounding of the whole is not asked for, one from nothing is.
-    assert compare.same_effect("x", base, base + 1e-7 * change, base, torch.float16) == pytest.approx(1)
-    assert compare.same_effect("x", base, base, base, torch.float16) == 0
-    with pytest.raises(VerifyError, match="off by inf"):
-        compare.same_effect("x", base + change, base, base, torch.float16)
-
-
-def test_a_bare_copy_shares_nothing_and_has_no_adapters(sd1_folder: Path, models: ModuleType) -> None:
-    plain = models.family_of(sd1_folder, "lora").denoiser
-    family = models.family_of(sd1_folder, "lora")
-    models.move(models.method_of("lora", family))
-    copied = scene.bare_copy(family.denoiser)
-    state = plain.state_dict()
-    assert copied.state_dict().keys() == state.keys() and len(state) > 200
-    assert all(torch.equal(tensor, state[name]) for name, tensor in copied.state_dict().items())
-    assert not hasattr(copied, "peft_config") and hasattr(family.denoiser, "peft_config")
-    own = {p.data_ptr() for p in family.denoiser.parameters()}
-    assert own.isdisjoint(p.data_ptr() for p in copied.parameters())
-
-
-def test_a_forgetful_copy_is_the_tokeniser_before(sd1_folder: Path, models: ModuleType) -> None:
-    before = models.family_of(sd1_folder, "lora").tokenizer
-    after = models.family_of(sd1_folder, "lora").tokenizer
-    after.add_tokens(["<toy>", "<toy>_1"])
-    text = "a red <toy> <toy>_1 toy \u00e9"
-    assert after(text)["input_ids"] != before(text)["input_ids"]
-    copied = scene.forgetful_copy(after, ["<toy>", "<toy>_1"])
-    assert copied(text)["input_ids"] == before(text)["input_ids"]
-    assert copied.get_vocab() == before.get_vocab() and len(before) == 518
-    assert (copied.bos_token_id, copied.eos_token_id, copied.pad_token_id) == (516, 517, 517)

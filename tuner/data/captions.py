@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tuner import counted
 
@@ -34,7 +35,7 @@ class CaptionRule:
             done = sorted({made for _, made in self.replace[number:] if word in made}, key=len, reverse=True)
             before = r"(?<!\w)" if re.match(r"\w", word) else ""
             either = "|".join([*map(re.escape, done), rf"(?P<word>{before}{re.escape(word)}(?!\w))"])
-            caption = re.sub(either, lambda m, o=other: o if m["word"] else m[0], caption)
+            caption = re.sub(either, partial(_put, other), caption)
         return caption
 
     def __call__(self, captions: Sequence[str], seed: int, epoch: int, position: int) -> str:
@@ -58,3 +59,8 @@ class CaptionRule:
             self.final(self.prefix + t.replace("{}", c)) for c in chosen for t in self.templates or ("{}",)
         }
         return out | {""} if self.drop > 0 else out
+
+
+def _put(other: str, match: re.Match[str]) -> str:
+    """What takes the place of a match: `other` for the word, itself for what stands there already."""
+    return other if match["word"] else match[0]

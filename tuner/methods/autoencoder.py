@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tuner import counted
 from tuner.batch import Batch
 from tuner.block import Block
 from tuner.errors import UserError
@@ -26,9 +27,15 @@ class Config(Block):
         gt=0,
         description="side of a random crop that is trained on, in pixels; all of the picture if absent",
     )
+    crop_choices: int = Field(
+        1, ge=1, description="random crops of a picture, of which the one with the most contrast is taken"
+    )
     l1: float = Field(1.0, ge=0, description="weight of the absolute error")
     mse: float = Field(1.0, ge=0, description="weight of the squared error")
     kl: float = Field(1e-6, ge=0, description="weight of the Kullback-Leibler term, per latent value")
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.crop is not None else {"crop_choices": "crop is absent"}
 
 
 class Autoencoder(Method):
@@ -69,17 +76,17 @@ class Autoencoder(Method):
         }
 
     def _crop(self, family: Family, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The crop of each picture that batch.u chooses, and posterior noise of its size."""
+        """A crop of each picture, a function of batch.u, and posterior noise of its size."""
         assert batch.pixels is not None
         side, size = self.config.crop, batch.pixels.shape[-1]
         if side is None or side >= size:
             return batch.pixels, batch.posterior
-        places = size - side + 1
         crops = []
         for picture, u in zip(batch.pixels, batch.u.tolist(), strict=True):
-            top = int(u * places)
-            left = int((u * places - top) * places)
-            crops.append(picture[:, top : top + side, left : left + side])
+            places = counted.generator(int(u * 2**24), purpose="crop").random((self.config.crop_choices, 2))
+            corners = (places * (size - side + 1)).astype(int).tolist()
+            choices = [picture[:, top : top + side, left : left + side] for top, left in corners]
+            crops.append(max(choices, key=lambda crop: float(crop.std())))
         cells = side // family.factor
         return torch.stack(crops), batch.posterior[..., :cells, :cells]
 

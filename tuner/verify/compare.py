@@ -17,6 +17,14 @@ EFFECT = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """How far an effect may be off, relative to its size, by the type it was stored in: a multiple of the type's
 rounding (2^-24, 2^-11, 2^-8), since the errors of many layers add up."""
 
+WHOLE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+"""How far a prediction may be off besides, relative to its size: the change of a hardly trained adapter may
+be lost in the type's rounding."""
+
+READ = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+"""How far the effect may be off that of the trained tensors in the type they were stored in: only alpha,
+which a LoRA holds in that type too, and the order of sums differ."""
+
 NOISE = 1e-5
 """How far a prediction may be off relative to its own size, whatever the effect: rounding of float32 sums."""
 
@@ -119,8 +127,8 @@ def same_effect(what: str, loaded: Tensor, own: Tensor, base: Tensor, dtype: tor
 
     Args:
         loaded, own, base: outputs of one shape: with the export, with what was trained, with neither.
-        dtype: the export's type; EFFECT and NOISE give the bound
-            |loaded - own| <= EFFECT |own - base| + NOISE |own|, in Euclidean norms.
+        dtype: the export's type; EFFECT and WHOLE give the bound
+            |loaded - own| <= EFFECT |own - base| + WHOLE |own|, in Euclidean norms.
 
     Returns:
         |loaded - own| / |own - base|, or 0 where the trained adapter has no effect either.
@@ -133,13 +141,32 @@ def same_effect(what: str, loaded: Tensor, own: Tensor, base: Tensor, dtype: tor
     if effect > NOISE * size and torch.equal(loaded, base):
         hint = "" if dtype == torch.float32 else f"; its numbers may be too small for {short(dtype)}"
         raise VerifyError(f"{what}: the export changes nothing, training {effect / size:.2g} of it{hint}")
-    if not error <= EFFECT[dtype] * effect + NOISE * size:  # so that a NaN fails
+    if not error <= EFFECT[dtype] * effect + WHOLE[dtype] * size:  # so that a NaN fails
         relative = error / effect if effect else float("inf")
         raise VerifyError(
             f"{what}: the export's effect is off by {relative:.2g} of its size "
             f"({error / size if size else error:.2g} of the whole); {short(dtype)} allows {EFFECT[dtype]:g}"
         )
     return error / effect if effect else 0.0
+
+
+def same_reading(what: str, loaded: Tensor, stored: Tensor, base: Tensor, dtype: torch.dtype) -> None:
+    """Require that a loaded export does what the trainer's module does with its tensors in the export's type.
+
+    Args:
+        loaded, stored, base: outputs of one shape: with the export, with what was trained rounded to `dtype`,
+            and with neither; |loaded - stored| <= READ |stored - base| + NOISE |stored|.
+
+    Raises:
+        VerifyError: the bound is not kept.
+    """
+    assert loaded.shape == stored.shape == base.shape
+    error, effect, size = norm(loaded - stored), norm(stored - base), norm(stored)
+    if not error <= READ[dtype] * effect + NOISE * size:
+        raise VerifyError(
+            f"{what} is another one than the stored tensors give in training, off by "
+            f"{error / effect if effect else error:.2g} of its effect; {short(dtype)} allows {READ[dtype]:g}"
+        )
 
 
 def same_output(what: str, loaded: Tensor, own: Tensor, dtype: torch.dtype) -> float:

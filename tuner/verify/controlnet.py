@@ -13,9 +13,19 @@ from tuner.family import Control
 from tuner.method import Card, Method, public_config
 from tuner.methods.controlnet import ControlNet
 from tuner.text import Text
-from tuner.verify.compare import LOADING, VerifyError, load, one, same_effect, same_keys, same_tensors, short
+from tuner.verify.compare import (
+    LOADING,
+    VerifyError,
+    load,
+    one,
+    same_effect,
+    same_keys,
+    same_reading,
+    same_tensors,
+    short,
+)
 from tuner.verify.component import read_back
-from tuner.verify.scene import Scene
+from tuner.verify.scene import Scene, rounded
 
 
 def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> dict[Path, str]:
@@ -30,14 +40,12 @@ def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> di
     loaded, count = read_back(whole, method.branch, card)
     text = scene.text(method)
     control = _steer(scene, loaded, text)
-    residuals = _same_residuals(control, _steer(scene, method.branch, text), card.dtype)
-    error = same_effect(
-        "diffusers/: the prediction",
-        scene.family.predict(scene.family.denoiser, scene.x_t, scene.t, scene.cond(text), control),
-        scene.own(method, text),
-        scene.with_denoiser(scene.family.denoiser, text),
-        card.dtype,
-    )
+    denoiser, cond = scene.family.denoiser, scene.cond(text)
+    with rounded([*method.branch.parameters(), *method.branch.buffers()], card.dtype):
+        residuals = _same_residuals(control, _steer(scene, method.branch, text), card.dtype)
+    own, base = scene.own(method, text), scene.with_denoiser(denoiser, text)
+    found = scene.family.predict(denoiser, scene.x_t, scene.t, cond, control)
+    error = same_effect("diffusers/: the prediction", found, own, base, card.dtype)
     del loaded
     _single(whole, single, method.branch)
     return {
@@ -56,7 +64,7 @@ def _same_residuals(found: Control, wanted: Control, dtype: torch.dtype) -> int:
     """Compare each residual with its own size; returns how many."""
     pairs = list(zip([*found.down, found.middle], [*wanted.down, wanted.middle], strict=True))
     for number, (has, wants) in enumerate(pairs):
-        same_effect(f"diffusers/: residual {number}", has, wants, torch.zeros_like(wants), dtype)
+        same_reading(f"diffusers/: residual {number}", has, wants, torch.zeros_like(wants), dtype)
     return len(pairs)
 
 

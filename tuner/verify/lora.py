@@ -13,8 +13,19 @@ from tuner.export.kohya import LoraError, LoraModule, from_kohya, kohya_name
 from tuner.method import Card, Method
 from tuner.methods.lora import Lora
 from tuner.text import Text
-from tuner.verify.compare import LOADING, NOISE, VerifyError, load, norm, one, same_effect, same_keys, short
-from tuner.verify.scene import PROMPTS, Scene
+from tuner.verify.compare import (
+    LOADING,
+    NOISE,
+    VerifyError,
+    load,
+    norm,
+    one,
+    same_effect,
+    same_keys,
+    same_reading,
+    short,
+)
+from tuner.verify.scene import PROMPTS, Scene, rounded
 
 PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 ADAPTER = "export"
@@ -35,21 +46,26 @@ def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> di
     _types(path, tensors, card.dtype)
     # diffusers gives every layer the commonest alpha, other tools each its own: both must be the trained one.
     _same_layers(path.name, _own_layers(path, tensors, trained), trained, card.dtype)
-    own_text = scene.text(method)
-    own = scene.own(method, own_text)
+    own_text, own = _own(scene, method)
+    with rounded(method.trained().values(), card.dtype):
+        stored_text, stored = _own(scene, method)
     pipe = scene.bare_pipeline()
     base_text, base = _outputs(scene, pipe)
     with method.off(scene.family):
-        _same_base(path, scene.own(method, scene.text(method)), base)
+        _same_base(path, _own(scene, method)[1], base)
     try:
         pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=ADAPTER)
     except LOADING as error:
         raise VerifyError(f"{path.name} does not load in diffusers: {error}") from error
     _same_layers(f"{path.name}, loaded by diffusers,", _loaded_layers(pipe), trained, card.dtype)
     text, prediction = _outputs(scene, pipe)
-    hidden = (text.hidden, own_text.hidden, base_text.hidden)
-    same_effect(f"{path.name}: the encoded prompt", *hidden, card.dtype)
-    difference = same_effect(f"{path.name}: the prediction", prediction, own, base, card.dtype)
+    for what, outputs in (
+        ("the encoded prompt", [each.hidden for each in (text, stored_text, own_text, base_text)]),
+        ("the prediction", [prediction, stored, own, base]),
+    ):
+        loaded, rounded_own, exact_own, without = outputs
+        same_reading(f"{path.name}: {what}", loaded, rounded_own, without, card.dtype)
+        difference = same_effect(f"{path.name}: {what}", loaded, exact_own, without, card.dtype)
     pipe.unload_lora_weights()
     after_text, after = _outputs(scene, pipe)
     if not (torch.equal(after, base) and torch.equal(after_text.hidden, base_text.hidden)):
@@ -59,6 +75,12 @@ def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> di
         f"prediction differs by {difference:.1e} of the adapters' effect "
         f"({short(card.dtype)}); unloading gives the base back bitwise"
     }
+
+
+def _own(scene: Scene, method: Method) -> tuple[Text, Tensor]:
+    """The trainer's own encoding and prediction."""
+    text = scene.text(method)
+    return text, scene.own(method, text)
 
 
 def _outputs(scene: Scene, pipe: Any) -> tuple[Text, Tensor]:

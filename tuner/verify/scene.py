@@ -6,7 +6,7 @@ import copy
 import json
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,16 +78,15 @@ class Scene:
             without_tokens: words that the run added to the tokenisers and the copies shall not know.
         """
         pipe = self.family.pipeline()
-        parts = dict(pipe.components)
-        for name in ("unet", "transformer", *self.family.text_encoders):
-            if parts.get(name) is not None:
-                parts[name] = bare_copy(parts[name])
+        found = {name: part for name, part in pipe.components.items() if part is not None}
+        adapted = [self.family.denoiser, *self.family.text_encoders.values()]
+        parts = {n: bare_copy(part) for n, part in found.items() if any(part is module for module in adapted)}
+        assert len(parts) == len(adapted), "the pipeline is made of the family's own networks"
         if without_tokens:
-            for name in [name for name in parts if name.startswith("tokenizer") and parts[name] is not None]:
-                parts[name] = forgetful_copy(parts[name], without_tokens)
-        made = type(pipe)(**parts, requires_safety_checker=False)
-        made.set_progress_bar_config(disable=True)
-        return made
+            words = {name: part for name, part in found.items() if name.startswith("tokenizer")}
+            parts |= {name: forgetful_copy(part, without_tokens) for name, part in words.items()}
+        pipe.register_modules(**parts)
+        return pipe
 
 
 def bare_copy(module: nn.Module) -> nn.Module:
@@ -157,6 +156,20 @@ def _float32(networks: Sequence[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for tensor, data in zip(half, kept, strict=True):
+            tensor.data = data
+
+
+@contextmanager
+def rounded(tensors: Iterable[Tensor], dtype: torch.dtype) -> Iterator[None]:
+    """Within it the tensors have the values that a file of `dtype` would give them."""
+    floating = [tensor for tensor in tensors if tensor.is_floating_point()]
+    kept = [tensor.data for tensor in floating]
+    try:
+        for tensor in floating:
+            tensor.data = tensor.data.to(dtype).to(tensor.dtype)
+        yield
+    finally:
+        for tensor, data in zip(floating, kept, strict=True):
             tensor.data = data
 
 
