@@ -52,7 +52,8 @@ def write(
         root = output / FOLDER
         place = root / f"step-{step:07d}"
         beside = root / f".{place.name}.writing"
-        shutil.rmtree(beside, ignore_errors=True)
+        for torn in root.glob(".step-*.writing"):
+            shutil.rmtree(torn)
         beside.mkdir(parents=True)
         trained = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.task.tensors().items()}
         save_file(trained, beside / "trained.safetensors")
@@ -79,13 +80,25 @@ def write(
     accelerator.wait_for_everyone()
 
 
+def drop_ahead(output: Path, step: int) -> None:
+    """Remove the checkpoints after a step, before a run goes on from there.
+
+    They are damaged or of an attempt that was given up; among the newest they would crowd out new ones.
+    """
+    for folder in _folders(output):
+        if _step(folder) > step:
+            shutil.rmtree(folder)
+
+
 def newest(output: Path) -> State | None:
     """The newest whole checkpoint of an output folder; damaged ones are named and passed over."""
-    for folder in _folders(output):
+    folders = _folders(output)
+    for folder in folders:
         state = at(folder)
         if state is not None:
+            if folder != folders[0]:
+                say(f"{folder}: this one, before it, is used")
             return state
-        say(f"{folder}: the checkpoint before it is used")
     return None
 
 
@@ -106,12 +119,22 @@ def at(folder: Path) -> State | None:
 
 def differences(state: State, fingerprint: Mapping[str, Any]) -> list[str]:
     """What stands between a checkpoint and a run that would continue it."""
-    old, new = state.fingerprint, json.loads(json.dumps(fingerprint))
+    old, new = _flat(state.fingerprint), _flat(json.loads(json.dumps(fingerprint)))
     return [
         f"{key}: the checkpoint has {old.get(key)!r}, the run {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
+
+
+def _flat(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """The fingerprint by single values; the recipe's have dotted names already."""
+    flat: dict[str, Any] = {}
+    for name, value in fingerprint.items():
+        inner = value if isinstance(value, dict) else {"": value}
+        before = "" if name == "recipe" else name
+        flat |= {f"{before}.{key}".strip("."): one for key, one in inner.items()}
+    return flat
 
 
 def restore(state: State, parts: Parts) -> int:
@@ -137,7 +160,11 @@ def restore(state: State, parts: Parts) -> int:
 def _folders(output: Path) -> list[Path]:
     """The checkpoint folders, newest step first."""
     found = [p for p in (output / FOLDER).glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    return sorted(found, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name[5:])
 
 
 def _sha256(file: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tuner import checkpoint, counted, optimiser, sample
 from tuner.batch import Batch
+from tuner.blocks import Train
 from tuner.checkpoint import Parts, State
 from tuner.data.loader import Division, Feed, stream
 from tuner.data.plan import Plan, Slot
@@ -78,8 +79,7 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
         TrainingError: the loss or the gradient is no finite number.
     """
     recipe, accelerator = run.recipe.train, run.accelerator
-    groups = [group for method in run.methods for group in method.groups(recipe.learning_rate)]
-    made = optimiser.build(groups, **recipe.optimiser.resolved(), learning_rate=recipe.learning_rate)
+    made = build_optimiser(run.methods, recipe)
     schedule = optimiser.schedule(made, recipe.schedule, recipe.warmup, run.steps)
     ema = None if recipe.ema is None else Ema(run.task.named_trained(), recipe.ema)
     task, prepared = accelerator.prepare(run.task, made)
@@ -97,7 +97,8 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
             if ema is not None:
                 ema.update(done)
             stopping = (done % FLUSH == 0 or accelerator.num_processes == 1) and stop.agreed(accelerator)
-            if done % FLUSH == 0 or done in (start + 1, run.steps) or stopping:
+            # Before a look, so that the log's lines come in the same order however often a run is stopped.
+            if done % FLUSH == 0 or done in (start + 1, run.steps) or stopping or looks(run, done):
                 meter.flush(progress.images_per_second)
             progress.update(done, meter.last, run.plan.batch_size)
             with nullcontext() if ema is None else ema.swap():
@@ -112,6 +113,16 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
     if ema is not None:
         ema.keep()
     return True
+
+
+def build_optimiser(methods: Sequence[Method], recipe: Train) -> torch.optim.Optimizer:
+    """The recipe's optimiser over what the methods train.
+
+    Raises:
+        UserError: there is no such optimiser, or it does not take these options.
+    """
+    groups = [group for method in methods for group in method.groups(recipe.learning_rate)]
+    return optimiser.build(groups, **recipe.optimiser.resolved(), learning_rate=recipe.learning_rate)
 
 
 def _step(
@@ -143,27 +154,35 @@ def due(done: int, every: int | None) -> bool:
     return bool(every) and done % every == 0  # type: ignore[operator]
 
 
-def _look(run: Run, log: Log, previews: sample.Previews | None, done: int) -> None:
-    """What is due after a step besides training: validation, previews, exports."""
+def looks(run: Run, done: int) -> list[str]:
+    """What is due after a step besides training; the same on every process."""
     recipe = run.recipe
-    validating = due(done, recipe.validation.every) and run.heldout is not None
-    previewing = previews is not None and (due(done, recipe.preview.every) or done == run.steps)
-    exporting = due(done, recipe.export.every)
-    if not (validating or previewing or exporting):
+    wanted = {
+        "validation": due(done, recipe.validation.every) and run.heldout is not None,
+        "preview": bool(recipe.preview.every) and (due(done, recipe.preview.every) or done == run.steps),
+        "export": due(done, recipe.export.every),
+    }
+    return [name for name, is_due in wanted.items() if is_due]
+
+
+def _look(run: Run, log: Log, previews: sample.Previews | None, done: int) -> None:
+    """Do what is due after a step besides training."""
+    recipe, wanted = run.recipe, looks(run, done)
+    if not wanted:
         return
     for method in run.methods:
         method.train_mode(False)
-    if validating:
+    if "validation" in wanted:
         assert run.heldout is not None
         log.scalars(done, {"validation_loss": validate(run, run.heldout)})
     if run.accelerator.is_main_process:
-        if previewing:
+        if "preview" in wanted:
             assert previews is not None
             pictures = previews.write(run.output / "previews" / f"step-{done:06d}.png")
             figures = probe(list(recipe.method), previews.conditions, pictures)
             if figures:
                 log.scalars(done, figures)
-        if exporting:
+        if "export" in wanted:
             for method in run.methods:
                 method.export(run.family, run.output / "export" / f"step-{done}", run.card)
     run.accelerator.wait_for_everyone()

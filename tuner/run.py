@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -23,10 +24,11 @@ from tuner.data.loader import Division, Feed
 from tuner.data.plan import Plan
 from tuner.data.sources import Sample
 from tuner.errors import UserError
-from tuner.evaluate.measures import Look, measure
+from tuner.evaluate.measures import Look, measure, measured
 from tuner.export import metadata
 from tuner.export.files import write_whole
 from tuner.family import Family
+from tuner.log import FILE as METRICS
 from tuner.log import FINISHED, Log
 from tuner.log import read as read_log
 from tuner.method import Card, Method
@@ -36,6 +38,7 @@ from tuner.recipe import Recipe, micro_batch
 from tuner.signals import Stop
 from tuner.task import Task
 
+DONE = "finished.json"
 VERSIONS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
@@ -60,6 +63,7 @@ def train(recipe: Recipe, source: Path) -> int:
         return 0
     state = _resume(run)
     if accelerator.is_main_process:
+        _clear(output, state)
         write_whole(output / "recipe.yaml", recipe.resolved_yaml())
         write_whole(output / "versions.json", json.dumps(versions(), indent=2))
     accelerator.wait_for_everyone()
@@ -70,14 +74,18 @@ def train(recipe: Recipe, source: Path) -> int:
     ) as log:
         with Stop() as stop:
             done = loop.train(run, log, state, stop)
-        if done and accelerator.is_main_process:
-            _finish(run, log)
         if accelerator.is_main_process:
-            log.scalars(run.steps if done else 0, {"seconds": time.monotonic() - started})
+            if done:
+                _finish(run, log)
+            records = read_log(output / METRICS)
+            before = sum(seconds for _, seconds in records.scalars.get("seconds", [])[-1:])
+            log.scalars(records.last_step, {"seconds": before + time.monotonic() - started})
+            if done:
+                log.event(run.steps, FINISHED)
     if accelerator.is_main_process:
         page = report.write(output)
         if done:
-            write_whole(output / "finished.json", json.dumps(_summary(run), indent=2, sort_keys=True))
+            write_whole(output / DONE, json.dumps(_summary(run), indent=2, sort_keys=True))
             say(f"finished in {time.monotonic() - started:.0f} s: {page}")
         else:
             say(f"stopped; the same command continues from the checkpoint in {output / checkpoint.FOLDER}")
@@ -96,6 +104,8 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
     family = base.load(recipe.base.path, recipe.base.revision, recipe.base.new, needs, seed, hashes)
     family.to(accelerator.device)
     methods: list[Method] = [kind(recipe.method[name], family, seed) for name, kind in kinds.items()]
+    _check_looks(recipe, methods)
+    loop.build_optimiser(methods, recipe.train)  # now, because a mistake is told before anything is written
 
     places = [(source.path, source.repeats) for source in recipe.data.source]
     samples, times = assemble.read_sources(places, accelerator.is_main_process, accelerator.wait_for_everyone)
@@ -153,6 +163,27 @@ def _announce(
         f"({steps / plan.steps_per_epoch:.3g} epochs), {trained:,} trained numbers, "
         f"{accelerator.mixed_precision.replace('no', 'fp32')}, {where}"
     )
+
+
+def _check_looks(recipe: Recipe, methods: list[Method]) -> None:
+    """Raises UserError where pictures or measures are asked for that there cannot be."""
+    names, preview = " + ".join(recipe.method), recipe.preview
+    pictures = not any(method.WHOLE_STEP for method in methods)
+    problems = []
+    if preview.every and not pictures:
+        problems.append(f"preview.every: method {names} makes no pictures from prompts; set 0")
+    elif preview.every and not recipe.data.heldout:
+        if any(method.condition is not None for method in methods):
+            problems.append(
+                "preview.every: the conditions of previews come from held-out samples: "
+                "set data.heldout, or 0 here"
+            )
+        elif not preview.prompts:
+            problems.append("preview.every: there is nothing to show: set preview.prompts or data.heldout")
+    if recipe.evaluate.samples and not (pictures and measured(list(recipe.method))):
+        problems.append(f"evaluate.samples: there are no measures for method {names}; set 0")
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _cache(recipe: Recipe) -> Path | None:
@@ -271,7 +302,7 @@ def _summary(run: loop.Run) -> dict[str, Any]:
 
 def _finished(run: loop.Run) -> bool:
     """Whether the output holds this run, finished."""
-    place = run.output / "finished.json"
+    place = run.output / DONE
     return place.is_file() and json.loads(place.read_text(encoding="utf-8")) == _summary(run)
 
 
@@ -284,43 +315,54 @@ def _resume(run: loop.Run) -> State | None:
     asked = run.recipe.train.resume
     if asked == "never":
         return None
+    anew = "Choose another output, or start anew there with train.resume=never."
     folder = run.output if asked == "auto" else Path(asked)
     state = checkpoint.newest(folder) if asked == "auto" else checkpoint.at(folder)
     if state is None:
         if asked != "auto":
             raise UserError(f"train.resume: {asked}: no whole checkpoint there")
+        if (run.output / DONE).is_file():
+            raise UserError(f"{run.output} holds a finished run without a checkpoint to compare.\n{anew}")
         return None
     found = checkpoint.differences(state, run.fingerprint)
     if found or state.step > run.steps:
         found = found or [f"the checkpoint has {state.step} steps, the run {run.steps}"]
         lines = "".join(f"\n  {line}" for line in found)
-        raise UserError(
-            f"{state.folder} belongs to another run:{lines}\n"
-            "Choose another output, or start anew there with train.resume=never."
-        )
+        raise UserError(f"{state.folder} belongs to another run:{lines}\n{anew}")
     say(f"continuing from {state.folder} ({state.step} of {run.steps} steps are done)")
     return state
+
+
+def _clear(output: Path, state: State | None) -> None:
+    """Take away what an earlier run left and this one does not continue; in no other folder anything."""
+    (output / DONE).unlink(missing_ok=True)
+    checkpoint.drop_ahead(output, 0 if state is None else state.step)
+    if state is None and (output / METRICS).is_file():
+        for name in ("previews", "export", "evaluation", "tensorboard"):
+            if (output / name).is_dir():
+                shutil.rmtree(output / name)
 
 
 def _finish(run: loop.Run, log: Log) -> None:
     """Export, prove, measure."""
     say("exporting")
     files = export(run)
+    told = read_log(run.output / METRICS).events  # by an attempt that did not come to its end
     for line in verify.check(run.family, run.methods, files, run.card):
         say(f"verified: {line}")
-        log.event(run.steps, f"verified: {line}")
+        if (run.steps, f"verified: {line}") not in told:
+            log.event(run.steps, f"verified: {line}")
     about = run.recipe.evaluate
     if about.samples and run.heldout is not None:
         sampler = sample.Sampler(
             run.task, run.accelerator, run.data.size, about.steps, about.guidance, "", about.seed
         )
-        curves = read_log(run.output / "metrics.jsonl").scalars
+        curves = read_log(run.output / METRICS).scalars
         look = Look(sampler, run.data.samples, run.heldout, about.samples, run.output, curves)
         for name, values in measure(look, list(run.recipe.method)).items():
             log.measures(name, values)
             if "verdict" in values:
                 say(f"{name}: {values['verdict']}")
-    log.event(run.steps, FINISHED)
 
 
 def export(run: loop.Run) -> list[Path]:

@@ -123,7 +123,10 @@ def heldout_prompts(feed: Feed, count: int) -> tuple[list[str], list[Picture]]:
 
 
 class Previews:
-    """The same pictures again and again: condition, base alone and adapted, a row for each prompt."""
+    """The same pictures again and again: condition, base alone and adapted, a row for each prompt.
+
+    Without condition pictures there is no such column, and no base alone where the base itself is trained.
+    """
 
     def __init__(self, sampler: Sampler, heldout: Feed | None, prompts: Sequence[str], count: int) -> None:
         """
@@ -139,14 +142,18 @@ class Previews:
         if heldout is not None and heldout.condition is not None:
             slots = [Slot(i % len(originals), 0, i, 1.0) for i in range(len(self.prompts))]
             self.conditions = [heldout.condition_picture(slot, None) for slot in slots]
+        # Where the base itself is trained, there is none left to show.
+        self._shows_base = all(method.kind != "full" for method in sampler.task.each())
         self._base: list[Picture] = []  # made once: nothing changes it
 
     def write(self, place: Path) -> list[Picture]:
         """Write the sheet as a PNG, and prompts and columns as JSON beside it; returns the adapted."""
         columns = {} if self.conditions is None else {"condition": self.conditions}
-        self._base = self._base or self.sampler.pictures(self.prompts, adapted=False)
+        if self._shows_base:
+            self._base = self._base or self.sampler.pictures(self.prompts, adapted=False)
+            columns |= {"base alone": self._base}
         adapted = self.sampler.pictures(self.prompts, self.conditions)
-        columns |= {"base alone": self._base, "adapted": adapted}
+        columns |= {"adapted": adapted}
         place.parent.mkdir(parents=True, exist_ok=True)
         sheet(columns, self.prompts).save(place)
         about = {"prompts": self.prompts, "columns": list(columns), "seed": self.sampler.seed}

@@ -62,7 +62,7 @@ def written(folder: Path, accumulate: int, base: Path, data: Path) -> list[Path]
 
 
 def finished(process: subprocess.Popen[str]) -> str:
-    out, _ = process.communicate(timeout=200)
+    out, _ = process.communicate(timeout=280)
     assert process.returncode == 0, out[-4000:]
     return out
 

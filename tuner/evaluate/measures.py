@@ -73,12 +73,16 @@ def caption_of(sample: Sample, form: str) -> tuple[str, Named | None]:
     return sample.captions[0], Named.from_json(records[0]["named"]) if records else None
 
 
+def measured(methods: Sequence[str]) -> list[str]:
+    """Those of the methods that have measures."""
+    return [name for name in methods if importlib.util.find_spec(f"tuner.evaluate.{name}") is not None]
+
+
 def measure(look: Look, methods: Sequence[str]) -> dict[str, Values]:
     """Every measure of the methods by its name, for the log and the report."""
     found: dict[str, Values] = {}
-    for name in methods:
-        if importlib.util.find_spec(f"tuner.evaluate.{name}") is not None:
-            found |= importlib.import_module(f"tuner.evaluate.{name}").measure(look)
+    for name in measured(methods):
+        found |= importlib.import_module(f"tuner.evaluate.{name}").measure(look)
     return found
 
 

@@ -76,10 +76,10 @@ class Autoencoder(Method):
         }
 
     def _crop(self, family: Family, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A crop of each picture, a function of batch.u, and posterior noise of its size."""
+        """A crop of each picture, a function of batch.u, and posterior noise; all of it when looking."""
         assert batch.pixels is not None
         side, size = self.config.crop, batch.pixels.shape[-1]
-        if side is None or side >= size:
+        if side is None or side >= size or not self.training:
             return batch.pixels, batch.posterior
         crops = []
         for picture, u in zip(batch.pixels, batch.u.tolist(), strict=True):
