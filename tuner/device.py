@@ -7,6 +7,7 @@ import os
 import torch
 from accelerate import Accelerator
 
+from tuner.errors import UserError
 from tuner.progress import say
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,10 +38,16 @@ def quiet() -> None:
 
 
 def start(asked: str, threads: int | None) -> Accelerator:
-    """The accelerator in the recipe's precision, whatever the launcher says, and the CPU's threads."""
+    """The accelerator in the recipe's precision, whatever the launcher says, and the CPU's threads.
+
+    Raises:
+        UserError: fp16 is asked for without a GPU.
+    """
     quiet()
     chosen = precision(asked)
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if chosen == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision: fp16 needs a GPU, and none is here; take bf16, fp32 or auto")
     accelerator = Accelerator(mixed_precision="no" if chosen == "fp32" else chosen)
     if launcher not in (None, "no") and launcher != chosen:
         say(f"the launcher asks for {launcher}; the recipe's precision is used: {chosen}")

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -53,6 +53,8 @@ def train(recipe: Recipe, source: Path) -> int:
     """
     started = time.monotonic()
     accelerator = device.start(recipe.train.precision, recipe.train.threads)
+    if Path(recipe.output).exists() and not Path(recipe.output).is_dir():
+        raise UserError(f"output: {recipe.output} is a file; expected a folder, or nothing yet")
     run = build(recipe, accelerator)
     output = run.output
     if _finished(run):
@@ -104,6 +106,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
     family = base.load(recipe.base.path, recipe.base.revision, recipe.base.new, needs, seed, hashes)
     family.to(accelerator.device)
     methods: list[Method] = [kind(recipe.method[name], family, seed) for name, kind in kinds.items()]
+    _check_size(recipe, family)
     _check_looks(recipe, methods)
     loop.build_optimiser(methods, recipe.train)  # now, because a mistake is told before anything is written
 
@@ -163,6 +166,21 @@ def _announce(
         f"({steps / plan.steps_per_epoch:.3g} epochs), {trained:,} trained numbers, "
         f"{accelerator.mixed_precision.replace('no', 'fp32')}, {where}"
     )
+
+
+def _check_size(recipe: Recipe, family: Family) -> None:
+    """Raises UserError where the base does not take pictures of this resolution."""
+    side, networks = recipe.data.resolution, family.modules()
+    if "vae" in networks and side % family.factor:
+        raise UserError(
+            f"data.resolution: {side} is no multiple of {family.factor}, the autoencoder's factor"
+        )
+    if "image_encoder" in networks:
+        fixed = int(cast(Any, networks["image_encoder"]).config.image_size)
+        if side != fixed:
+            raise UserError(
+                f"data.resolution: {side}, but the base's image encoder takes {fixed} pixels only"
+            )
 
 
 def _check_looks(recipe: Recipe, methods: list[Method]) -> None:

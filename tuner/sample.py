@@ -90,7 +90,8 @@ class Sampler:
                 prompt_embeds=text.hidden,
                 negative_prompt_embeds=negative.hidden,
                 num_inference_steps=self.steps,
-                guidance_scale=self.guidance,
+                # Where both branches read the same, guidance changes nothing: one branch is enough.
+                guidance_scale=1.0 if set(prompts) == {self.negative} else self.guidance,
                 height=self.size,
                 width=self.size,
                 latents=self._noise(first, len(prompts)).to(device, text.hidden.dtype),

@@ -93,8 +93,13 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
     ),
     ("resume", LORA, {"train.resume": "nowhere"}, "train.resume: nowhere: no whole checkpoint there"),
     ("timesteps", LORA, {"objective.timesteps": "[0, 5000]"}, "objective: "),
-    ("resolution", LORA, {"data.resolution": 60}, "data.resolution: 60"),
-    ("resolution of an image encoder", CLIP, {"data.resolution": 64}, "64"),
+    ("resolution", LORA, {"data.resolution": 60}, "data.resolution: 60 is no multiple of 8"),
+    (
+        "resolution of an image encoder",
+        CLIP,
+        {"data.resolution": 64},
+        "data.resolution: 64, but the base's image encoder takes 32 pixels only",
+    ),
 ]
 
 
@@ -130,8 +135,14 @@ def test_an_unreadable_picture_is_named(
     shutil.copytree(tiny.shapes / "style", data)
     picture = data / "000003.png"
     picture.write_bytes(picture.read_bytes()[:200] if damage == "truncated" else b"no picture at all")
-    more = {"data.source": data} | ({"data.cache": "off"} if cache == "off" else {})
-    assert_told(tiny.start(LORA, tmp_path / "out", **more), capsys, tmp_path / "out", str(picture))
+    more = {"data.source": data, "preview.every": 0}
+    more |= {"data.cache": "off"} if cache == "off" else {}
+    code = tiny.start(LORA, tmp_path / "out", **more)
+    told = capsys.readouterr().err
+    assert code == 2 and str(picture) in told and "Traceback" not in told, told
+    # Without a cache a picture is first read in the step that needs it.
+    assert (tmp_path / "out").exists() == (cache == "off")
+    assert not (tmp_path / "out" / "export").exists()
 
 
 def test_a_damaged_component_is_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,11 @@ def fidelity(pictures: Sequence[Picture], edges: Sequence[Picture]) -> dict[str,
     strict = [edge_f1(f, e[:, :, 0], 0) for f, e in zip(found, edges, strict=True)]
     tolerant = [edge_f1(f, e[:, :, 0], 1) for f, e in zip(found, edges, strict=True)]
     return {"strict F1": float(np.mean(strict)), "F1 within 1 pixel": float(np.mean(tolerant))}
+
+
+def share_of_way(value: float, floor: float, ceiling: float) -> float:
+    """How far a value is from floor to ceiling: 0 at the floor, 1 at the ceiling; nan where they are one."""
+    return (value - floor) / (ceiling - floor) if ceiling != floor else math.nan
 
 
 def probe(conditions: Sequence[Picture], pictures: Sequence[Picture]) -> dict[str, float]:
@@ -56,7 +62,7 @@ def measure(look: Look) -> dict[str, Values]:
         ("no prompt", "base, no prompt (floor)"),
     ):
         way[prompt] = {
-            column: (rows[prompt][column] - rows[floor][column]) / (ceiling[column] - rows[floor][column])
+            column: share_of_way(rows[prompt][column], rows[floor][column], ceiling[column])
             for column in ceiling
         }
     key = "F1 within 1 pixel"

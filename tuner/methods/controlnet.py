@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -48,6 +50,7 @@ class ControlNet(Method):
 
     def __init__(self, config: Config, family: Family, seed: int) -> None:
         super().__init__(config, family, seed)
+        self._off = False
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # the condition encoder is drawn; the clone and the zeros are not
             self.branch = family.control_branch(conditioning_channels=3).float().requires_grad_(True)
@@ -57,9 +60,20 @@ class ControlNet(Method):
         return self.config.condition
 
     def predict(self, family: Family, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch) -> Tensor:
+        if self._off:
+            return super().predict(family, x_t, t, cond, batch)
         assert batch.condition is not None
         control = family.control(self.branch, x_t, t, cond, batch.condition)
         return family.predict(family.denoiser, x_t, t, cond, control)
+
+    @contextmanager
+    def off(self, family: Family) -> Iterator[None]:
+        """The base is untouched; the branch is left out."""
+        self._off = True
+        try:
+            yield
+        finally:
+            self._off = False
 
     def control_branch(self) -> nn.Module | None:
         return self.branch
