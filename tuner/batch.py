@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,19 +35,28 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, from which copies to a GPU overlap with its work."""
+        return self._each(lambda tensor: tensor.pin_memory())
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed."""
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        tokens, text = self.tokens, self.text
         return replace(
             self,
-            weight=self.weight.to(device),
-            u=self.u.to(device),
-            noise=self.noise.to(device, non_blocking=True),
-            posterior=self.posterior.to(device, non_blocking=True),
-            pixels=move(self.pixels),
-            moments=None if self.moments is None else Moments(*(m.to(device) for m in self.moments)),
-            tokens=None if self.tokens is None else self.tokens.to(device),
-            text=None if self.text is None else self.text.to(device),
-            condition=move(self.condition),
+            weight=change(self.weight),
+            u=change(self.u),
+            noise=change(self.noise),
+            posterior=change(self.posterior),
+            pixels=some(self.pixels),
+            moments=None if self.moments is None else Moments(*map(change, self.moments)),
+            tokens=None if tokens is None else Tokens(change(tokens.ids), change(tokens.ends), tokens.cut),
+            text=None if text is None else Text(change(text.hidden), some(text.pooled)),
+            condition=some(self.condition),
         )

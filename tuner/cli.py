@@ -41,7 +41,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
     from tuner import run
 
-    raise typer.Exit(run.train(loaded, recipe))
+    raise typer.Exit(run.train(loaded))
 
 
 @app.command()

@@ -16,7 +16,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # also where the package
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
-from tuner import device, loop, recipe, run  # noqa: E402
+from tuner import build, device, loop, recipe  # noqa: E402
 from tuner.log import Log  # noqa: E402
 from tuner.signals import Stop  # noqa: E402
 
@@ -29,7 +29,7 @@ def main(processes: int, out: Path, places: list[Path]) -> None:
         assert accelerator.num_processes == processes, accelerator.num_processes
         assert torch.distributed.is_initialized() == (processes > 1)
         torch.manual_seed(accelerator.process_index)  # processes need not agree in what they do not use
-        made = run.build(about, accelerator)
+        made = build.build(about, accelerator)
         assert made.division.processes == processes and made.division.rank == accelerator.process_index
         with Log(made.output, False, None, accelerator.is_main_process, None, {}) as log, Stop() as stop:
             assert loop.train(made, log, None, stop)

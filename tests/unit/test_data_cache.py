@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tuner import base
-from tuner.data import assemble, cache, loader
+from tuner.data import assemble, cache
 from tuner.data.cache import Hashes, Store, key
 from tuner.data.captions import CaptionRule
 from tuner.data.loader import Feed
@@ -307,10 +307,3 @@ def test_processes_share_the_encoding(family: Family, samples: list[Sample], tmp
     assert len(parts) == 1 and len(parts[0]) == 3
     assert len(feed.latents.store.index) == COUNT
     assert feed.batch(slots(feed), 15.0).moments is not None
-
-
-def test_the_loader_reads_a_picture_like_the_feed(
-    samples: list[Sample], family: Family, tmp_path: Path
-) -> None:
-    feed = made(samples, wanted(tmp_path, flip=False), family)
-    assert np.array_equal(loader.load_uint8(samples[0].path, 32), feed.picture(Slot(0, 0, 0, 1.0)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -164,35 +163,38 @@ class Division:
     rank: int = 0
 
 
-class _Steps(Dataset[Batch]):
-    """Micro-batches of one process, by (step, micro)."""
+class _Steps(Dataset[Batch | UserError]):
+    """Micro-batches of one process, by (step, micro).
+
+    A user's mistake is handed over as a value: raised in a worker it would arrive wrapped in a traceback.
+    """
 
     def __init__(self, feed: Feed, plan: Plan, division: Division) -> None:
         self.feed, self.plan, self.division = feed, plan, division
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Batch | UserError:
         step, micro = divmod(index, self.division.accumulate)
         slots = self.plan.step(step)
         mine = share(slots, micro, self.division.rank, self.division.accumulate, self.division.processes)
-        return self.feed.batch(mine, sum(slot.weight for slot in slots))
+        try:
+            return self.feed.batch(mine, sum(slot.weight for slot in slots))
+        except UserError as error:
+            return error
 
 
 def stream(
     feed: Feed, plan: Plan, division: Division, start: int, stop: int, workers: int, pin: bool = False
 ) -> Iterator[Batch]:
-    """The micro-batches of steps start..stop-1 of one process, in order; start > 0 continues a run."""
+    """The micro-batches of steps start..stop-1 of one process, in order; start > 0 continues a run.
+
+    Raises:
+        UserError: a sample cannot be read.
+    """
     wanted = range(start * division.accumulate, stop * division.accumulate)
-    loader: DataLoader[Batch] = DataLoader(
-        _Steps(feed, plan, division),
-        batch_size=None,
-        sampler=wanted,
-        num_workers=workers,
-        pin_memory=pin,
-        persistent_workers=False,
+    loader: DataLoader[Batch | UserError] = DataLoader(
+        _Steps(feed, plan, division), batch_size=None, sampler=wanted, num_workers=workers, pin_memory=pin
     )
-    return iter(loader)
-
-
-def load_uint8(path: Path, size: int) -> Picture:
-    """A picture at the training resolution, centred: uint8 [size, size, 3]."""
-    return pictures.Transform(size)(pictures.load(path))
+    for item in loader:
+        if isinstance(item, UserError):
+            raise item
+        yield item
