@@ -46,6 +46,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
 def test_train_loads_the_recipe_with_its_overrides(run: dict[str, Any]) -> None:
     assert cli.main(["train", "x.yaml", "train.seed=7", "output=elsewhere"]) == 0
+    assert (run["recipe"].train.seed, run["recipe"].output) == (7, "elsewhere")
 
 
 @pytest.mark.parametrize("code", [0, 1, 130])

@@ -64,7 +64,7 @@ GAP = 6.0  # pixels between the objects of a scene, at least
 BORDER = 3.0  # pixels between an object and the picture's border, at least
 
 SPLITS = {  # split: its usual number of pictures
-    "train": 4000,
+    "train": 2000,
     "base": 40000,
     "heldout": 1000,
     "combinations": 200,
