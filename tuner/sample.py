@@ -171,7 +171,7 @@ def sheet(columns: dict[str, list[Picture]], rows: Sequence[str], scale: int = 1
     image = Image.new("RGB", (width, head + len(rows) * (side + line + gap)), "white")
     draw = ImageDraw.Draw(image)
     for x, name in enumerate(names):
-        draw.text((gap + x * (side + gap), 4), name, "black", font)
+        draw.text((gap + x * (side + gap), 4), _fitted(name, side, font), "black", font)
     for y, prompt in enumerate(rows):
         top = head + y * (side + line + gap)
         draw.text((gap, top), _fitted(prompt or "(no prompt)", width - 2 * gap, font), "#555555", font)

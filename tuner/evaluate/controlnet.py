@@ -37,7 +37,10 @@ def probe(conditions: Sequence[Picture], pictures: Sequence[Picture]) -> dict[st
 
 
 def measure(look: Look) -> dict[str, Values]:
-    """Edge fidelity with the right prompt and with none, beside floor and ceiling; the judge's figures."""
+    """Edge fidelity with the right prompt and with none; the judge's figures.
+
+    Floor: the base alone, from the same noise. Ceiling: the original through the autoencoder.
+    """
     if look.heldout.condition != "canny":
         return {}
     originals = look.originals()
@@ -50,16 +53,16 @@ def measure(look: Look) -> dict[str, Values]:
     pictures = {
         "right prompt": look.sampler.pictures(right, edges),
         "no prompt": look.sampler.pictures(none, edges),
-        "base, right prompt (floor)": look.sampler.pictures(right, adapted=False),
-        "base, no prompt (floor)": look.sampler.pictures(none, adapted=False),
-        "autoencoder round trip (ceiling)": _round_trip(look, originals),
+        "floor, right prompt": look.sampler.pictures(right, adapted=False),
+        "floor, no prompt": look.sampler.pictures(none, adapted=False),
+        "ceiling": _round_trip(look, originals),
     }
     rows = {name: fidelity(made, edges) for name, made in pictures.items()}
-    ceiling = rows["autoencoder round trip (ceiling)"]
+    ceiling = rows["ceiling"]
     way = {}
     for prompt, floor in (
-        ("right prompt", "base, right prompt (floor)"),
-        ("no prompt", "base, no prompt (floor)"),
+        ("right prompt", "floor, right prompt"),
+        ("no prompt", "floor, no prompt"),
     ):
         way[prompt] = {
             column: share_of_way(rows[prompt][column], rows[floor][column], ceiling[column])
@@ -80,9 +83,9 @@ def measure(look: Look) -> dict[str, Values]:
     if named is None:
         without_records("ControlNet")
         return found
-    judge = {n: judged(pictures[n], named) for n in ("right prompt", "base, right prompt (floor)")}
-    judge["autoencoder round trip (ceiling)"] = judged(pictures["autoencoder round trip (ceiling)"], named)
-    colour, base = judge["right prompt"]["colour"], judge["base, right prompt (floor)"]["colour"]
+    judge = {n: judged(pictures[n], named) for n in ("right prompt", "floor, right prompt")}
+    judge["ceiling"] = judged(pictures["ceiling"], named)
+    colour, base = judge["right prompt"]["colour"], judge["floor, right prompt"]["colour"]
     verdict = (
         f"colours named in the prompt right: {colour:.0%} with the ControlNet, {base:.0%} with the base alone"
     )
