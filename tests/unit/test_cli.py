@@ -126,3 +126,8 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
     assert all(command in done.stdout for command in ("train", "schema", "report"))
+
+
+def test_the_schema_that_recipes_name_is_the_present_one() -> None:
+    shipped = Path(__file__).resolve().parents[2] / "recipes" / "recipe.schema.json"
+    assert json.loads(shipped.read_text(encoding="utf-8")) == recipe.json_schema()
