@@ -30,8 +30,15 @@ def load(
         hashes: where content hashes are remembered.
 
     Raises:
-        UserError: there is no such base, or no family knows it, or a component does not load.
+        UserError: there is no such base, or no family knows it, or a component does not load, or a key has no
+            effect on this run.
     """
+    if unused := [name for name in new if name not in needs]:
+        raise UserError(
+            f"base.new: {', '.join(unused)} has no effect: this run loads {', '.join(needs)} only"
+        )
+    if revision is not None and (path == "embedded" or Path(path).is_dir()):
+        raise UserError(f"base.revision: {revision} has no effect: {path} is a folder here, not a Hub id")
     folder = _folder(path, revision)
     kind = recognise(folder)
     family: Family = importlib.import_module(f"tuner.families.{kind}").FAMILY.load(folder, needs, new, seed)

@@ -135,6 +135,8 @@ def _check_looks(recipe: Recipe, methods: list[Method]) -> None:
             )
         elif not preview.prompts:
             problems.append("preview.every: there is nothing to show: set preview.prompts or data.heldout")
+    if not pictures and recipe.objective.resolved() != type(recipe.objective)().resolved():
+        problems.append(f"objective: method {names} has a loss of its own, so these keys have no effect")
     if recipe.evaluate.samples and not (pictures and measured(list(recipe.method))):
         problems.append(f"evaluate.samples: there are no measures for method {names}; set 0")
     if problems:

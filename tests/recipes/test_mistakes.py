@@ -48,6 +48,24 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
         "the token red</w> is in the base's vocabulary already; choose another",
     ),
     (
+        "fresh component that is not loaded",
+        LORA,
+        {"base.new": "[image_encoder]"},
+        "base.new: image_encoder has no effect: this run loads text_encoder, unet, vae only",
+    ),
+    (
+        "revision of a folder",
+        LORA,
+        {"base.revision": "main"},
+        "base.revision: main has no effect",
+    ),
+    (
+        "objective of an autoencoder",
+        AUTOENCODER,
+        {"objective.loss": "huber"},
+        "objective: method autoencoder has a loss of its own, so these keys have no effect",
+    ),
+    (
         "previews of an autoencoder",
         AUTOENCODER,
         {"preview.every": 1},
