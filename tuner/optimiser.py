@@ -55,6 +55,8 @@ def build(
             options[option] = value
         elif value != COMMON[option]:
             raise OptimiserError(f"{kind.__name__} does not take {option} (found {value})")
+    if kind is torch.optim.AdamW:
+        options["fused"] = True  # one kernel for all: a third of the time on the CPU
     for group in groups:
         assert {"params"} <= set(group) <= {"params", "lr"}, sorted(group)
     copies = [{**group, "params": list(group["params"])} for group in groups]

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tuner import attention
 from tuner.errors import UserError
 from tuner.family import Cond, Control, Family, Moments
 from tuner.text import Text, Tokens, extra_rows, tokenize
@@ -40,6 +41,8 @@ class StableDiffusion1(Family):
         if vae := self.networks.get("vae"):
             self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
             self.latent_channels = int(vae.config.latent_channels)
+        for network in networks.values():
+            attention.choose(network)
         self.freeze()
 
     @classmethod
@@ -140,6 +143,7 @@ class StableDiffusion1(Family):
         branch: Any = ControlNetModel.from_unet(self.denoiser, conditioning_channels=conditioning_channels)
         strides = len(branch.config.conditioning_embedding_out_channels) - 1
         assert 2**strides == self.factor, "the condition encoder's stride is the autoencoder's factor"
+        attention.choose(branch)
         clone: nn.Module = branch
         return clone
 
