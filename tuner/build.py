@@ -121,7 +121,7 @@ def _check_size(recipe: Recipe, family: Family) -> None:
 
 
 def _check_looks(recipe: Recipe, methods: list[Method]) -> None:
-    """Raises UserError where pictures or measures are asked for that there cannot be."""
+    """Raises UserError where something is asked for that the methods have no use for."""
     names, preview = " + ".join(recipe.method), recipe.preview
     pictures = not any(method.WHOLE_STEP for method in methods)
     problems = []
@@ -137,6 +137,9 @@ def _check_looks(recipe: Recipe, methods: list[Method]) -> None:
             problems.append("preview.every: there is nothing to show: set preview.prompts or data.heldout")
     if not pictures and recipe.objective.resolved() != type(recipe.objective)().resolved():
         problems.append(f"objective: method {names} has a loss of its own, so these keys have no effect")
+    reads = any("text_encoder" in method.NEEDS for method in methods)
+    if not reads and recipe.data.captions != type(recipe.data.captions)():
+        problems.append(f"data.captions: method {names} reads no captions, so these keys have no effect")
     if recipe.evaluate.samples and not (pictures and measured(list(recipe.method))):
         problems.append(f"evaluate.samples: there are no measures for method {names}; set 0")
     if problems:

@@ -66,6 +66,12 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
         "objective: method autoencoder has a loss of its own, so these keys have no effect",
     ),
     (
+        "captions of an autoencoder",
+        AUTOENCODER,
+        {"data.captions.drop": "0.1"},
+        "data.captions: method autoencoder reads no captions, so these keys have no effect",
+    ),
+    (
         "previews of an autoencoder",
         AUTOENCODER,
         {"preview.every": 1},
