@@ -26,9 +26,10 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
+from tuner import attention
 from tuner.data.pictures import load, to_signed
 from tuner.data.sources import Sample, open_source
-from tuner.device import quiet
+from tuner.device import precision, quiet
 from tuner.evaluate.captions import Named
 from tuner.evaluate.compare import compare, score
 from tuner.evaluate.judge import read
@@ -80,18 +81,37 @@ def prompts(samples: Sequence[Sample], objects: int, count: int) -> list[tuple[s
     return found[:count]
 
 
+@torch.no_grad()
+def decoded(pipe: StableDiffusionPipeline, latents: torch.Tensor) -> list[np.ndarray]:
+    """The pictures of latents [B, 4, h, w]."""
+    seen = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample.clamp(-1, 1)
+    return list(((seen + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+
+
 def text_to_image(
-    pipe: StableDiffusionPipeline, wanted: Sequence[tuple[str, Named]], guidance: float, steps: int
+    pipe: StableDiffusionPipeline,
+    wanted: Sequence[tuple[str, Named]],
+    guidance: float,
+    steps: int,
+    half: bool,
 ) -> tuple[dict[str, float], list[np.ndarray]]:
-    """The share of pictures in which each named attribute, and all, are right; picture i has seed i."""
+    """The share of pictures in which each named attribute, and all, are right; picture i has seed i.
+
+    half: the denoiser under bf16 autocast, as it was trained.
+    """
     pictures: list[np.ndarray] = []
     for start in range(0, len(wanted), AT_ONCE):
         texts = [text for text, _ in wanted[start : start + AT_ONCE]]
         seeds = [torch.Generator().manual_seed(start + i) for i in range(len(texts))]
-        made = pipe(
-            texts, num_inference_steps=steps, guidance_scale=guidance, generator=seeds, output_type="np"
-        )
-        pictures += list((made.images * 255).round().astype(np.uint8))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            latents = pipe(
+                texts,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                generator=seeds,
+                output_type="latent",
+            ).images
+        pictures += decoded(pipe, latents.float())
     rows = [score(read(picture), named) for picture, (_, named) in zip(pictures, wanted, strict=True)]
     keys = dict.fromkeys(key for row in rows for key in row)
     shares = {key: float(np.mean([row[key] for row in rows if key in row])) for key in keys}
@@ -105,6 +125,7 @@ def main() -> None:
     asked.add_argument("--samples", type=int, default=200)
     asked.add_argument("--guidance", type=float, default=6.0)
     asked.add_argument("--steps", type=int, default=25)
+    asked.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     asked.add_argument("--json", type=Path)
     asked.add_argument("--sheet", type=Path, help="write a contact sheet of single-object pictures")
     asked = asked.parse_args()
@@ -114,6 +135,7 @@ def main() -> None:
     pipe = StableDiffusionPipeline.from_pretrained(asked.base, safety_checker=None)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
+    attention.choose(pipe.unet)
     figures: dict[str, dict[str, float]] = {
         "autoencoder": autoencoder(pipe, splits["heldout"][: asked.samples])
     }
@@ -124,7 +146,9 @@ def main() -> None:
         "stars not yellow": prompts(splits["stars"], 1, asked.samples),
     }
     for name, wanted in sets.items():
-        figures[name], pictures = text_to_image(pipe, wanted, asked.guidance, asked.steps)
+        figures[name], pictures = text_to_image(
+            pipe, wanted, asked.guidance, asked.steps, precision(asked.precision) == "bf16"
+        )
         if asked.sheet and name == "one object":
             rows = [
                 np.concatenate(pictures[i : i + 8], axis=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 
 import cv2
 import numpy as np
@@ -26,6 +27,10 @@ RINGS = 50  # rows of a polar picture, from the centre to the radius
 MOST = 8  # objects read at most, the largest first
 LEAST_OVERLAP = 0.75  # with the best template; below it the object has no shape
 FARTHEST_BACKGROUND = 25.0  # Lab distance to the nearest named background
+BLUR_DEPTH = 1.6  # pixels from the contour from which a filled object shows its own colour
+STROKE_DEPTH = 3.0  # the same for the texture of a stroked one
+DIAGONALS = (*range(-57, -32, 3), *range(33, 58, 3))  # degrees: where the lines of hatched objects run
+AXES = (*range(-19, 20, 3), *range(71, 110, 3))  # where the rows of dots run
 STROKED = ("outlined", "hatched", RARE_STYLE)
 _STROKE = {"outlined": 2.6, "hatched": 1.9, RARE_STYLE: 1.7}  # usual line widths of the contour, pixels
 
@@ -145,15 +150,16 @@ class _Inside:
     """Measures of an object's inside. count: pixels of it.
 
     cover: mean share of paint; deep: the same far from the contour; rough: deviation of that share from a
-    plane; along: how much of it diagonal lines explain, at most 1; slope: change of lightness over a radius.
-    colour: the median, RGB [3]; paint: the strongest pixels less the background, RGB [3].
+    plane; diagonal: how much more of it diagonal lines explain than lines along rows or columns, -1 to 1;
+    slope: change of lightness over a radius. colour: the median, RGB [3]; paint: the strongest pixels less
+    the background, RGB [3].
     """
 
     count: int
     cover: float
     deep: float
     rough: float
-    along: float
+    diagonal: float
     slope: float
     colour: Array
     paint: Array
@@ -177,13 +183,13 @@ def _ripple(polar: Array) -> float:
     return float(np.sqrt((waves[5:20] ** 2).sum() / 2))  # fewer waves come from place and aspect
 
 
-def _along_diagonals(values: Array, xx: npt.NDArray[np.intp], yy: npt.NDArray[np.intp]) -> float:
-    """The share of the values' variance that lines near one of the two diagonals explain, at most 1.
+def _along(values: Array, xx: npt.NDArray[np.intp], yy: npt.NDArray[np.intp], angles: Iterable[int]) -> float:
+    """The share of the values' variance that lines at one of these angles explain, at most 1.
 
     values, xx, yy: [n]; corrected for the number of lines (adjusted R squared), so that noise gives about 0.
     """
     total, best = float(((values - values.mean()) ** 2).sum()), 0.0
-    for degrees in (*range(-57, -32, 3), *range(33, 58, 3)):
+    for degrees in angles:
         angle = math.radians(degrees)
         line = np.round(xx * math.sin(angle) - yy * math.cos(angle)).astype(np.int64)
         line -= line.min()
@@ -196,25 +202,30 @@ def _along_diagonals(values: Array, xx: npt.NDArray[np.intp], yy: npt.NDArray[np
     return best
 
 
+def _less_plane(values: Array, xx: npt.NDArray[np.intp], yy: npt.NDArray[np.intp]) -> tuple[Array, float]:
+    """Values [n] at places xx, yy [n] less the plane that fits them best, and its slope per pixel."""
+    terms = np.stack([np.ones(len(xx)), xx - xx.mean(), yy - yy.mean()], axis=1)
+    solved = np.linalg.lstsq(terms, values, rcond=None)[0]
+    return np.asarray(values - terms @ solved, np.float32), float(np.hypot(solved[1], solved[2]))
+
+
 def _inside(rgb: Array, cover: Array, depth: Array, paint: Array) -> _Inside:
     """Measures over the pixels that lie deep enough to be free of the contour's stroke.
 
     rgb: [128, 128, 3]; cover, depth: [128, 128], depth in pixels from the nearest contour.
     """
-    inside = depth >= min(4.4, 0.66 * float(depth.max()))
-    yy, xx = np.nonzero(inside)
+    deepest = float(depth.max())
+    inside, textured, painted = (depth >= min(d, 0.66 * deepest) for d in (4.4, STROKE_DEPTH, BLUR_DEPTH))
+    yy, xx = np.nonzero(textured)
+    rest = _less_plane(cover[textured], xx, yy)[0]
     radius = math.sqrt(max(1.0, float((depth > 0).sum()) / math.pi))
-    terms = np.stack([np.ones(len(xx)), (xx - xx.mean()) / radius, (yy - yy.mean()) / radius], axis=1)
-    values = np.stack([cover[inside], _lab(rgb[inside])[:, 0]], axis=1)
-    solved = np.linalg.lstsq(terms, values, rcond=None)[0]
-    rest = values[:, 0] - terms @ solved[:, 0]
     return _Inside(
-        count=len(xx),
+        count=int(inside.sum()),
         cover=float(cover[inside].mean()),
-        deep=float(cover[depth >= min(7.0, 0.8 * float(depth.max()))].mean()),
-        rough=float(rest.std()),
-        along=_along_diagonals(rest, xx, yy),
-        slope=float(np.hypot(solved[1, 1], solved[2, 1])),
+        deep=float(cover[depth >= min(7.0, 0.8 * deepest)].mean()),
+        rough=float(_less_plane(cover[inside], *np.nonzero(inside)[::-1])[0].std()),
+        diagonal=_along(rest, xx, yy, DIAGONALS) - _along(rest, xx, yy, AXES),
+        slope=_less_plane(_lab(rgb[painted])[:, 0], *np.nonzero(painted)[::-1])[1] * radius,
         colour=np.median(rgb[inside], axis=0).astype(np.float32),
         paint=paint,
     )
@@ -249,9 +260,9 @@ def _style(inside: _Inside, ripple: float | None) -> str:
     if inside.cover > 0.6 and inside.rough < 0.13:
         return "gradient" if inside.slope > 7.5 else "flat"
     # The blur of both strokes fills a ring's narrow band, but evenly.
-    if inside.deep < 0.085 if ripple is None else ripple < 0.055:
+    if inside.deep < 0.11 if ripple is None else ripple < 0.06:
         return "outlined"
-    return "hatched" if inside.along > 0.35 else RARE_STYLE
+    return "hatched" if inside.diagonal > -0.05 else RARE_STYLE
 
 
 def _colour(inside: _Inside, ground: Array, style: str) -> str:
