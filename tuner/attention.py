@@ -13,9 +13,9 @@ SMALL = 1024 * 1024
 class SmallOnCpu:
     """A diffusers attention processor: plain matrix products for small attentions on the CPU.
 
-    torch's fused CPU kernel costs more there: a training step of the embedded UNet takes 1.28 times as
-    long with it at 64 pixels, 1.17 times at 128, 1.09 times at 256 (benchmarks/attention.py, two cores). It is used elsewhere, and for long sequences, whose matrix
-    would not fit.
+    torch's fused CPU kernel costs more there: on two cores a training step of the embedded UNet takes
+    1.28 times as long with it at 64 pixels, 1.17 times at 128 and 1.09 times at 256
+    (benchmarks/attention.py). It is used elsewhere, and for long sequences, whose matrix would not fit.
     """
 
     def __init__(self) -> None:
