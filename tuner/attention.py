@@ -43,6 +43,5 @@ class SmallOnCpu:
 
 
 def choose(network: Any) -> None:
-    """Give a diffusers network this attention; networks of other libraries are left as they are."""
-    if hasattr(network, "set_attn_processor"):
-        network.set_attn_processor(SmallOnCpu())
+    """Give a UNet or ControlNet of diffusers this attention."""
+    network.set_attn_processor(SmallOnCpu())

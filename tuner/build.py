@@ -44,7 +44,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
     family.to(accelerator.device)
     methods: list[Method] = [kind(recipe.method[name], family, seed) for name, kind in kinds.items()]
     _check_size(recipe, family)
-    _check_looks(recipe, methods)
+    _check_uses(recipe, methods)
     loop.build_optimiser(methods, recipe.train)  # now, because a mistake is told before anything is written
 
     places = [(source.path, source.repeats) for source in recipe.data.source]
@@ -120,7 +120,7 @@ def _check_size(recipe: Recipe, family: Family) -> None:
             )
 
 
-def _check_looks(recipe: Recipe, methods: list[Method]) -> None:
+def _check_uses(recipe: Recipe, methods: list[Method]) -> None:
     """Raises UserError where something is asked for that the methods have no use for."""
     names, preview = " + ".join(recipe.method), recipe.preview
     pictures = not any(method.WHOLE_STEP for method in methods)

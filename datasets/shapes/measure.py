@@ -34,6 +34,7 @@ from tuner.evaluate.captions import Named
 from tuner.evaluate.compare import compare, score
 from tuner.evaluate.judge import read
 from tuner.evaluate.world import Scene
+from tuner.sample import to_pictures
 
 ROOT = Path(_HERE).parent.parent
 AT_ONCE = 20
@@ -48,9 +49,9 @@ def autoencoder(pipe: StableDiffusionPipeline, samples: Sequence[Sample]) -> dic
         pixels = torch.from_numpy(np.stack([to_signed(load(s.path)) for s in some]))
         seen = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
         errors += (seen - pixels).square().mean(dim=(1, 2, 3)).tolist()
-        back = ((seen + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         whole += [
-            compare(read(p), Scene.from_json(scene_of(s)))["all"] for p, s in zip(back, some, strict=True)
+            compare(read(p), Scene.from_json(scene_of(s)))["all"]
+            for p, s in zip(to_pictures(seen), some, strict=True)
         ]
     decibels = 10 * np.log10(4 / np.asarray(errors))
     return {
@@ -82,12 +83,6 @@ def prompts(samples: Sequence[Sample], objects: int, count: int) -> list[tuple[s
 
 
 @torch.no_grad()
-def decoded(pipe: StableDiffusionPipeline, latents: torch.Tensor) -> list[np.ndarray]:
-    """The pictures of latents [B, 4, h, w]."""
-    seen = pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample.clamp(-1, 1)
-    return list(((seen + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
-
-
 def text_to_image(
     pipe: StableDiffusionPipeline,
     wanted: Sequence[tuple[str, Named]],
@@ -111,7 +106,7 @@ def text_to_image(
                 generator=seeds,
                 output_type="latent",
             ).images
-        pictures += decoded(pipe, latents.float())
+        pictures += to_pictures(pipe.vae.decode(latents.float() / pipe.vae.config.scaling_factor).sample)
     rows = [score(read(picture), named) for picture, (_, named) in zip(pictures, wanted, strict=True)]
     keys = dict.fromkeys(key for row in rows for key in row)
     shares = {key: float(np.mean([row[key] for row in rows if key in row])) for key in keys}

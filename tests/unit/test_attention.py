@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from tuner import attention
+from tuner.families.sd1 import StableDiffusion1
+
+EMBEDDED = Path(attention.__file__).parent / "embedded"
 
 
 @pytest.mark.parametrize("shape", [(2, 20, 32), (2, 32, 4, 5)], ids=["sequence", "picture"])
@@ -48,5 +53,10 @@ def test_the_limit_counts_queries_times_keys() -> None:
     assert calls == ["plain", "fused"]
 
 
-def test_other_networks_are_left_alone() -> None:
-    attention.choose(torch.nn.Linear(2, 2))
+def test_base_and_clone_have_it_and_the_autoencoder_keeps_its_own() -> None:
+    family = StableDiffusion1.load(EMBEDDED, ("unet", "vae"))
+    branch = family.control_branch(3)
+    for network, wanted in ((family.denoiser, True), (branch, True), (family.modules()["vae"], False)):
+        layers = [layer for layer in network.modules() if isinstance(layer, Attention)]
+        assert all(isinstance(layer.processor, attention.SmallOnCpu) == wanted for layer in layers)
+        assert layers or not wanted

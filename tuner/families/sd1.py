@@ -41,8 +41,8 @@ class StableDiffusion1(Family):
         if vae := self.networks.get("vae"):
             self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
             self.latent_channels = int(vae.config.latent_channels)
-        for network in networks.values():
-            attention.choose(network)
+        if unet := self.networks.get("unet"):  # the autoencoder keeps its own: cached latents stay valid
+            attention.choose(unet)
         self.freeze()
 
     @classmethod
