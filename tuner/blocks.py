@@ -123,7 +123,7 @@ class Optimiser(Block):
 
     short: ClassVar[str | None] = "name"
 
-    name: Text = Field("adamw", description="a class of torch.optim in any case, or adamw8bit or lion8bit")
+    name: Text = Field("adamw", description="a class of torch.optim in any case, muon, adamw8bit or lion8bit")
     weight_decay: float = Field(
         0.01, ge=0, description="decay of weights at each step, times the learning rate"
     )

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from tuner.errors import UserError
+from tuner.muon import Muon
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -38,8 +39,9 @@ def build(
 ) -> Optimizer:
     """The optimiser `name` over `groups`, each {"params": tensors, and, if it has its own, "lr": rate}.
 
-    `name` is adamw8bit or lion8bit (bitsandbytes) or a class of torch.optim, in any case. An option that is
-    None has the optimiser's own default (which is not the same for all: SGD decays no weights, AdamW does).
+    `name` is muon (tuner/muon.py; torch's own takes matrices alone), adamw8bit or lion8bit (bitsandbytes) or
+    another class of torch.optim, in any case. An option that is None has its own default (which is
+    not the same for all: SGD decays no weights, AdamW does).
 
     Raises:
         OptimiserError: for an unknown name, for one that cannot be used here, for an option the optimiser
@@ -98,11 +100,12 @@ def _find(name: str) -> Callable[..., Optimizer]:
     wanted = name.lower()
     if wanted in EIGHT_BIT:
         return _eight_bit(EIGHT_BIT[wanted])
-    known = {
+    known: dict[str, Callable[..., Optimizer]] = {
         label.lower(): kind
         for label, kind in vars(torch.optim).items()
         if isinstance(kind, type) and issubclass(kind, Optimizer) and label not in UNFIT
     }
+    known["muon"] = Muon
     if wanted not in known:
         raise OptimiserError(_unknown("optimiser", name, [*known, *EIGHT_BIT]))
     return known[wanted]

@@ -115,7 +115,7 @@ def test_options_not_taken_are_errors_unless_they_are_the_common_default() -> No
         {"name": "adamw", "eps": -1.0},
         {"name": "adamw", "learning_rate": -0.1},
         {"name": "adafactor", "eps": 1e-6},  # takes a pair
-        {"name": "muon"},  # takes matrices only
+        {"name": "muon", "eps": -1.0},
     ],
     ids=str,
 )
