@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -17,12 +20,25 @@ settings.load_profile("tuner")
 @pytest.fixture(scope="session")
 def models() -> ModuleType:
     """tests/models.py, for tests that want another model than the shared one."""
-    place = Path(__file__).with_name("models.py")
-    spec = importlib.util.spec_from_file_location("tuner_test_models", place)
+    return _load("models")
+
+
+def _load(name: str) -> ModuleType:
+    """A file of tests/ as a module."""
+    place = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"tuner_test_{name}", place)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def hub() -> Iterator[Any]:
+    """A Hub of its own for each test, on 127.0.0.1: a tests/hub.py Hub."""
+    with _load("hub").Hub() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +46,56 @@ def sd1_folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> 
     """A tiny random Stable Diffusion 1.x in diffusers layout; shared, so only to be read."""
     folder: Path = models.tiny_sd1(tmp_path_factory.mktemp("base") / "tiny-sd1")
     return folder
+
+
+@pytest.fixture(scope="session")
+def sd2_folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Stable Diffusion 2.x with v-prediction; only to be read."""
+    folder: Path = models.tiny_sd2(tmp_path_factory.mktemp("base") / "tiny-sd2")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Stable Diffusion XL; only to be read."""
+    folder: Path = models.tiny_sdxl(tmp_path_factory.mktemp("base") / "tiny-sdxl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd1_inpaint_folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random inpainting base of Stable Diffusion 1.x; only to be read."""
+    folder: Path = models.tiny_sd1(tmp_path_factory.mktemp("base") / "tiny-sd1-inpaint", in_channels=9)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sdxl_inpaint_folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random inpainting base of Stable Diffusion XL; only to be read."""
+    folder: Path = models.tiny_sdxl(tmp_path_factory.mktemp("base") / "tiny-sdxl-inpaint", in_channels=9)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(
+    sd1_folder: Path, sd2_folder: Path, sdxl_folder: Path, sd1_inpaint_folder: Path, sdxl_inpaint_folder: Path
+) -> dict[str, Path]:
+    """A tiny base of every family, inpainting variants too; only to be read."""
+    return {
+        "sd1": sd1_folder,
+        "sd2": sd2_folder,
+        "sdxl": sdxl_folder,
+        "sd1_inpaint": sd1_inpaint_folder,
+        "sdxl_inpaint": sdxl_inpaint_folder,
+    }
+
+
+@pytest.fixture(scope="session")
+def adapters() -> ModuleType:
+    """tests/adapters.py: adapters on the tiny bases, and what diffusers makes of their files."""
+    place = Path(__file__).with_name("adapters.py")
+    spec = importlib.util.spec_from_file_location("tuner_test_adapters", place)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from tuner.families.sd1 import StableDiffusion1
     from tuner.method import Card, Method
+    from tuner.stable_diffusion import StableDiffusion
 
 WIDTH = 32  # of the text encoder's hidden state
 LETTERS = 514  # the tokeniser's words: every byte with and without an end-of-word mark, start and end
@@ -35,7 +35,7 @@ def tokenizer_files(folder: Path) -> Path:
     return folder
 
 
-def tiny_sd1(folder: Path, seed: int = 0, layers: int = 1) -> Path:
+def tiny_sd1(folder: Path, seed: int = 0, layers: int = 1, in_channels: int = 4) -> Path:
     """Write a tiny random Stable Diffusion 1.x in diffusers layout; equal weights for equal arguments.
 
     UNet: two levels of 64 channels with cross-attention (heads 32 wide); autoencoder: factor 8, 4 channels;
@@ -44,8 +44,88 @@ def tiny_sd1(folder: Path, seed: int = 0, layers: int = 1) -> Path:
 
     Args:
         layers: the UNet's layers_per_block.
+        in_channels: 9 for an inpainting base.
     """
-    from diffusers import DDIMScheduler
+    tokenizer = tokenizer_of(folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, network in networks(len(tokenizer), layers, in_channels).items():
+            network.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler().save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2))
+    return folder
+
+
+def tiny_sd2(folder: Path, seed: int = 0) -> Path:
+    """Write a tiny random Stable Diffusion 2.x: linear projections, 64-wide heads, v-prediction.
+
+    Its text encoder is read at its last layer, for the folder leaves one out; it pads with `!`.
+    """
+    tokenizer = tokenizer_of(folder, pad="!")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = networks(len(tokenizer))
+        made["unet"] = unet(WIDTH, attention_head_dim=(1, 1), use_linear_projection=True)
+        made["text_encoder"] = text_encoder(len(tokenizer), hidden_act="gelu", num_hidden_layers=3)
+        for name, network in made.items():
+            network.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler(prediction_type="v_prediction").save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2))
+    return folder
+
+
+def tiny_sdxl(folder: Path, seed: int = 0, in_channels: int = 4) -> Path:
+    """Write a tiny random Stable Diffusion XL: a level without attention and one of two transformer layers.
+
+    Text encoders of 32 and 64 with 3 layers; the second's config has the old `eos_token_id` 2, as SDXL's.
+    """
+    from transformers import CLIPTextModelWithProjection
+
+    tokenizers = {"tokenizer": tokenizer_of(folder), "tokenizer_2": tokenizer_of(folder, pad="!")}
+    words = len(tokenizers["tokenizer"])
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = networks(words)
+        made["unet"] = unet(
+            3 * WIDTH,
+            in_channels=in_channels,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=(1, 1),
+            use_linear_projection=True,
+            transformer_layers_per_block=(1, 2),
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 48,
+        )
+        made["text_encoder"] = text_encoder(words, num_hidden_layers=3)
+        made["text_encoder_2"] = text_encoder(
+            words,
+            kind=CLIPTextModelWithProjection,
+            hidden_size=2 * WIDTH,
+            num_hidden_layers=3,
+            hidden_act="gelu",
+            projection_dim=48,
+            eos_token_id=2,
+        )
+        for name, network in made.items():
+            network.save_pretrained(folder / name)
+    for name, tokenizer in tokenizers.items():
+        tokenizer.save_pretrained(folder / name)
+    scheduler("EulerDiscreteScheduler", timestep_spacing="leading").save_pretrained(folder / "scheduler")
+    second = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(INDEX | second, indent=2))
+    return folder
+
+
+def tokenizer_of(folder: Path, pad: str = "<|endoftext|>") -> Any:
+    """The tiny tokeniser, made within a folder that is left as it was."""
     from transformers import CLIPTokenizer
 
     words = tokenizer_files(folder / "words")
@@ -53,47 +133,63 @@ def tiny_sd1(folder: Path, seed: int = 0, layers: int = 1) -> Path:
         str(words / "vocab.json"),
         str(words / "merges.txt"),
         model_max_length=77,
-        pad_token="<|endoftext|>",
+        pad_token=pad,
         bos_token="<|startoftext|>",
         eos_token="<|endoftext|>",
         unk_token="<|endoftext|>",
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for name, network in networks(len(tokenizer), layers).items():
-            network.save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / "tokenizer")
-    DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    ).save_pretrained(folder / "scheduler")
     for file in words.iterdir():
         file.unlink()
     words.rmdir()
-    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=2))
-    return folder
+    return tokenizer
 
 
-def networks(words: int, layers: int = 1) -> dict[str, Any]:
-    """The networks by component name, drawn from torch's global generator."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+def scheduler(kind: str = "DDIMScheduler", **more: Any) -> Any:
+    """Stable Diffusion's schedule."""
+    import diffusers
 
-    text = CLIPTextConfig(
-        vocab_size=words,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=WIDTH,
-        bos_token_id=words - 2,
-        eos_token_id=words - 1,
-        pad_token_id=words - 1,
-    )
+    ddim = {"clip_sample": False, "set_alpha_to_one": False} if kind == "DDIMScheduler" else {}
+    common = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    return getattr(diffusers, kind)(**common, **ddim, **more)
+
+
+def unet(cross_attention_dim: int, **more: Any) -> Any:
+    """A UNet of two levels of 64 channels."""
+    from diffusers import UNet2DConditionModel
+
+    shape = {
+        "sample_size": 8,
+        "block_out_channels": (64, 64),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+    }
+    return UNet2DConditionModel(**shape | {"cross_attention_dim": cross_attention_dim} | more)
+
+
+def text_encoder(words: int, kind: Any = None, **more: Any) -> Any:
+    """A CLIP text encoder; `kind` is CLIPTextModel unless given."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    shape = {
+        "vocab_size": words,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "projection_dim": WIDTH,
+        "bos_token_id": words - 2,
+        "eos_token_id": words - 1,
+        "pad_token_id": words - 1,
+    }
+    return (kind or CLIPTextModel)(CLIPTextConfig(**shape | more))
+
+
+def networks(words: int, layers: int = 1, in_channels: int = 4) -> dict[str, Any]:
+    """Stable Diffusion 1.x's networks by component name, drawn from torch's global generator."""
+    from diffusers import AutoencoderKL
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
     vision = CLIPVisionConfig(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -104,15 +200,8 @@ def networks(words: int, layers: int = 1) -> dict[str, Any]:
         projection_dim=WIDTH,
     )
     return {
-        "unet": UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(64, 64),
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=layers,
-            cross_attention_dim=WIDTH,
-            attention_head_dim=2,  # in Stable Diffusion 1.x configurations: the number of heads
-        ),
+        # attention_head_dim is in Stable Diffusion's configurations the number of heads.
+        "unet": unet(WIDTH, layers_per_block=layers, attention_head_dim=2, in_channels=in_channels),
         "vae": AutoencoderKL(
             block_out_channels=(8, 8, 8, 8),
             down_block_types=("DownEncoderBlock2D",) * 4,
@@ -124,7 +213,7 @@ def networks(words: int, layers: int = 1) -> dict[str, Any]:
             scaling_factor=0.5,
             mid_block_add_attention=False,
         ),
-        "text_encoder": CLIPTextModel(text),
+        "text_encoder": text_encoder(words),
         "image_encoder": CLIPVisionModelWithProjection(vision),
     }
 
@@ -152,15 +241,17 @@ CONFIGS: dict[str, dict[str, Any]] = {  # of every method, on the tiny base
 }
 
 
-def family_of(folder: Path, *names: str) -> StableDiffusion1:
-    """The tiny base with what the named methods need."""
-    from tuner.families.sd1 import StableDiffusion1
+def family_of(folder: Path, *names: str) -> StableDiffusion:
+    """The base in a folder with what the named methods need."""
+    from tuner.base import recognise
 
     kinds = [importlib.import_module(f"tuner.methods.{name}").METHOD for name in names]
-    return StableDiffusion1.load(folder, sorted({need for kind in kinds for need in kind.NEEDS}))
+    family: Any = importlib.import_module(f"tuner.families.{recognise(folder)}").FAMILY
+    made: StableDiffusion = family.load(folder, sorted({need for kind in kinds for need in kind.NEEDS}))
+    return made
 
 
-def method_of(name: str, family: StableDiffusion1, **config: Any) -> Method:
+def method_of(name: str, family: StableDiffusion, **config: Any) -> Method:
     """A method on the tiny base, as a run builds it."""
     module = importlib.import_module(f"tuner.methods.{name}")
     made: Method = module.METHOD(module.Config(**(CONFIGS[name] | config)), family, seed=3)

@@ -32,6 +32,9 @@ class Batch:
     tokens: Tokens | None = None  # or
     text: Text | None = None  # the cached encoding of the captions
     condition: Tensor | None = None  # [B, k, H, W] in [0, 1]
+    input_noise: Tensor | None = None  # [B, C, h, w], the noise of x_t where it is not `noise`
+    sizes: Tensor | None = None  # [B, 6] pixels: original height, width; crop's top, left; height, width
+    hole: Tensor | None = None  # [B, 1, H, W], 1 where an inpainting base is to fill the picture, else 0
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -56,7 +59,10 @@ class Batch:
             posterior=change(self.posterior),
             pixels=some(self.pixels),
             moments=None if self.moments is None else Moments(*map(change, self.moments)),
-            tokens=None if tokens is None else Tokens(change(tokens.ids), change(tokens.ends), tokens.cut),
-            text=None if text is None else Text(change(text.hidden), some(text.pooled)),
+            tokens=None if tokens is None else tokens.map(change),
+            text=None if text is None else text.map(change),
             condition=some(self.condition),
+            input_noise=some(self.input_noise),
+            sizes=some(self.sizes),
+            hole=some(self.hole),
         )

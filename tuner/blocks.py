@@ -1,9 +1,9 @@
-"""The blocks of a recipe that are the same for every method; recipe.py puts them together."""
+"""The blocks of a recipe that are the same for every method, but for training.py's; recipe.py joins them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,8 +13,6 @@ Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 Interval = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Betas = Annotated[tuple[float, float], Field(strict=False)]  # not strict: YAML has lists only
-Range = Annotated[tuple[int, int], Field(strict=False)]
 
 
 class Base(Block):
@@ -23,12 +21,32 @@ class Base(Block):
     short: ClassVar[str | None] = "path"
 
     path: Text = Field(
-        description="'embedded' (the small model that ships) or a local folder in diffusers layout"
+        description="'embedded' (ships), a diffusers folder, a .safetensors checkpoint, or a Hub id"
     )
     revision: str | None = Field(None, description="branch, tag or commit, where the base comes from a hub")
-    new: list[Literal["unet", "vae", "text_encoder", "image_encoder"]] = Field(
+    new: list[Literal["unet", "vae", "text_encoder", "text_encoder_2", "image_encoder"]] = Field(
         [], description="components initialised afresh from their config.json instead of loaded"
     )
+    vae: Text | None = Field(
+        None, description="folder or .safetensors file of another autoencoder; null: the base's own"
+    )
+    clip_skip: Positive | None = Field(
+        None, description="layer of the text encoder that is read, 1 the last; null: the family's own"
+    )
+    windows: Positive = Field(1, description="windows of 75 tokens that a caption may fill")
+    quantise: Literal["nf4", "int8"] | None = Field(
+        None, description="how the frozen UNet and text encoders are stored; null: as train.precision says"
+    )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Networks that would be made in two ways at once."""
+        if self.vae is not None and "vae" in self.new:
+            yield Conflict(("vae", "new"), "found together with vae in new, expected one of the two")
+        if self.quantise is not None and (both := [name for name in self.new if name not in ONLY_FLOATING]):
+            yield Conflict(("quantise", "new"), f"found with {', '.join(both)} in new, which are not frozen")
+
+
+ONLY_FLOATING = ("vae", "image_encoder")
 
 
 class Source(Block):
@@ -81,113 +99,6 @@ class Data(Block):
     workers: Interval | None = Field(
         None, description="processes that load pictures; null: chosen; 0: the main one"
     )
-
-
-class Objective(Block):
-    """What the denoiser learns to predict, and how errors count."""
-
-    prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
-        "auto", description="what the network predicts; auto: as the base's scheduler says"
-    )
-    weighting: Literal["none", "min_snr"] = Field("none", description="weight of a timestep's loss")
-    snr_gamma: float = Field(5.0, gt=0, description="cap on the signal-to-noise ratio, with min_snr only")
-    loss: Literal["mse", "huber"] = Field("mse", description="the loss of one element")
-    huber_delta: float = Field(0.1, gt=0, description="where huber turns linear, in units of the target")
-    timesteps: Range | None = Field(
-        None, description="timesteps trained on, [start, end): start included, end not"
-    )
-
-    def unused(self) -> dict[str, str]:
-        """Numbers that belong to a weighting or loss that was not chosen."""
-        unused = {}
-        if self.weighting != "min_snr":
-            unused["snr_gamma"] = f"it belongs to weighting min_snr, and weighting is {self.weighting}"
-        if self.loss != "huber":
-            unused["huber_delta"] = f"it belongs to loss huber, and loss is {self.loss}"
-        return unused
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """A range of timesteps that holds none."""
-        if self.timesteps is not None and not 0 <= self.timesteps[0] < self.timesteps[1]:
-            found = list(self.timesteps)
-            yield Conflict(("timesteps",), f"found {found}, expected [start, end] with 0 <= start < end")
-
-    def options(self) -> dict[str, Any]:
-        """The keys that were chosen, by the names of objective.Objective's arguments."""
-        chosen = self.resolved()
-        return {key: value for key, value in chosen.items() if (key, value) != ("prediction", "auto")}
-
-
-class Optimiser(Block):
-    """How gradients become updates."""
-
-    short: ClassVar[str | None] = "name"
-
-    name: Text = Field("adamw", description="a class of torch.optim in any case, muon, adamw8bit or lion8bit")
-    weight_decay: float = Field(
-        0.01, ge=0, description="decay of weights at each step, times the learning rate"
-    )
-    betas: Betas = Field(
-        (0.9, 0.999), description="decay of the gradient's first and second moment, each in [0, 1)"
-    )
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Betas out of range."""
-        for i, beta in enumerate(self.betas):
-            if not 0 <= beta < 1:
-                yield Conflict((f"betas.{i}",), f"found the number {beta}, expected a number in [0, 1)")
-
-
-class Checkpoint(Block):
-    """What a stopped run continues from."""
-
-    every: Positive | None = Field(
-        None, description="optimiser steps between two; null: at the end and when stopped"
-    )
-    keep: Positive = Field(2, description="how many of the newest are kept")
-
-
-class Train(Block):
-    """How long and how fast."""
-
-    steps: Positive | None = Field(None, description="optimiser steps; this or epochs")
-    epochs: Positive | None = Field(None, description="passes over the data; this or steps")
-    batch_size: Positive = Field(
-        description="pictures in one optimiser step, over all processes and accumulation"
-    )
-    accumulate: Positive = Field(1, description="forward passes in one optimiser step")
-    learning_rate: float = Field(gt=0, description="the highest learning rate, per optimiser step")
-    optimiser: Optimiser = Field(Optimiser(), description="the optimiser's name and numbers")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="learning rate after warm-up"
-    )
-    warmup: Interval = Field(0, description="optimiser steps in which the learning rate rises from 0")
-    clip: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="largest norm of the gradient; null: no limit"
-    )
-    ema: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="decay a step of the average of trained weights, below 1; null: no average"
-    )
-    seed: Interval = Field(0, description="what all random numbers depend on")
-    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
-        "auto", description="what is computed in; auto: bf16 where the hardware has it, else fp32"
-    )
-    threads: Positive | None = Field(
-        None, description="CPU threads of a process; null: its share of the cores"
-    )
-    resume: Text = Field(
-        "auto", description="auto: from the output's newest checkpoint; never; or a checkpoint"
-    )
-    checkpoint: Checkpoint = Field(Checkpoint(), description="when checkpoints are written")
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Not exactly one of steps and epochs."""
-        if self.steps is None and self.epochs is None:
-            yield Conflict(("steps", "epochs"), "is missing; expected a whole number here or at epochs")
-        if self.steps is not None and self.epochs is not None:
-            message = "found together with steps, expected one of the two (train.steps=null takes steps away)"
-            yield Conflict(("epochs", "steps"), message)
 
 
 class Preview(Block):

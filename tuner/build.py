@@ -17,12 +17,13 @@ from tuner.data import assemble
 from tuner.data.cache import Hashes, default_folder
 from tuner.data.captions import CaptionRule
 from tuner.data.loader import Division, Feed
+from tuner.data.noise import Draws
 from tuner.data.plan import Plan
 from tuner.data.sources import Sample
 from tuner.errors import UserError
 from tuner.evaluate.measures import measured
 from tuner.export import metadata
-from tuner.family import Family
+from tuner.family import Family, Options
 from tuner.method import Card, Method
 from tuner.objective import Objective
 from tuner.progress import say
@@ -40,7 +41,10 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
     hashes = Hashes(_cache(recipe) or default_folder())
     kinds = {name: importlib.import_module(f"tuner.methods.{name}").METHOD for name in recipe.method}
     needs = sorted({need for kind in kinds.values() for need in kind.NEEDS})
-    family = base.load(recipe.base.path, recipe.base.revision, recipe.base.new, needs, seed, hashes)
+    _check_quantised(recipe, needs, {name for kind in kinds.values() for name in kind.TRAINS})
+    options = _options(recipe, accelerator)
+    asked = recipe.base
+    family = base.load(asked.path, asked.revision, asked.new, needs, seed, hashes, options)
     family.to(accelerator.device)
     methods: list[Method] = [kind(recipe.method[name], family, seed) for name, kind in kinds.items()]
     _check_size(recipe, family)
@@ -59,6 +63,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
         objective = Objective.from_scheduler_config(family.scheduler_config, **recipe.objective.options())
     except ValueError as error:
         raise UserError(f"objective: {error}") from error
+    family.scheduler_config = objective.sampling(family.scheduler_config)
     task = Task(family, methods, objective).to(accelerator.device)
     if accelerator.mixed_precision != "no":
         family.cast(device.DTYPES[accelerator.mixed_precision], task.trained())
@@ -66,7 +71,8 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
     digests = {"base": family.digests, "data": assemble.digest(samples, hashes)}
     fingerprint = {
         "recipe": recipe.decisive(),
-        **digests,
+        # Other names than the recipe's own keys, among which these stand in a checkpoint.
+        **{f"{name} files": digest for name, digest in digests.items()},
         "threads": torch.get_num_threads(),
         "precision": str(accelerator.mixed_precision),
     }
@@ -98,11 +104,45 @@ def _announce(
         where += f" ({torch.get_num_threads()} threads)"
     trained = sum(parameter.numel() for parameter in task.trained())
     say(
-        f"{recipe.name}: {' + '.join(recipe.method)} on {family.title} ({family.name}), "
+        f"{recipe.name}: {' + '.join(recipe.method)} on {family.title} ({_kind(family, task)}), "
         f"{len(plan.entries)} samples an epoch, {steps} steps of {plan.batch_size} pictures "
         f"({steps / plan.steps_per_epoch:.3g} epochs), {trained:,} trained numbers, "
         f"{accelerator.mixed_precision.replace('no', 'fp32')}, {where}"
     )
+
+
+def _kind(family: Family, task: Task) -> str:
+    """What the base was recognised as, in words."""
+    words = [family.name, task.objective.prediction]
+    if family.inpainting:
+        words.append(
+            "inpainting: parts of the pictures are hidden at random, so their latents are not cached"
+        )
+    return ", ".join(words)
+
+
+def _options(recipe: Recipe, accelerator: Accelerator) -> Options:
+    """How the recipe wants the base."""
+    about = recipe.base
+    return Options(
+        vae=None if about.vae is None else Path(about.vae),
+        clip_skip=about.clip_skip,
+        windows=about.windows,
+        quantise=about.quantise,
+        compute=device.DTYPES.get(accelerator.mixed_precision, torch.float32),
+    )
+
+
+def _check_quantised(recipe: Recipe, needs: list[str], trained: set[str]) -> None:
+    """Raises UserError where a network that is trained itself would be stored quantised."""
+    if recipe.base.quantise is None:
+        return
+    if own := sorted(name for name in trained & set(needs) if name in ("unet", "text_encoder")):
+        names = " + ".join(recipe.method)
+        raise UserError(
+            f"base.quantise: method {names} trains the {' and the '.join(own)} itself, "
+            "which must keep its precision; set it to null"
+        )
 
 
 def _check_size(recipe: Recipe, family: Family) -> None:
@@ -138,6 +178,11 @@ def _check_uses(recipe: Recipe, methods: list[Method]) -> None:
     if not pictures and recipe.objective.resolved() != type(recipe.objective)().resolved():
         problems.append(f"objective: method {names} has a loss of its own, so these keys have no effect")
     reads = any("text_encoder" in method.NEEDS for method in methods)
+    encodes = any("text_encoder" in method.NEEDS and not method.WHOLE_STEP for method in methods)
+    defaults = type(recipe.base)(path=recipe.base.path)
+    for key in ("clip_skip", "windows"):
+        if not encodes and getattr(recipe.base, key) != getattr(defaults, key):
+            problems.append(f"base.{key}: method {names} reads no prompt for a denoiser, so it has no effect")
     if not reads and recipe.data.captions != type(recipe.data.captions)():
         problems.append(f"data.captions: method {names} reads no captions, so these keys have no effect")
     if recipe.evaluate.samples and not (pictures and measured(list(recipe.method))):
@@ -175,6 +220,7 @@ def _wanted(recipe: Recipe, methods: list[Method], accelerator: Accelerator) -> 
         cache=_cache(recipe),
         latents=all(method.CACHES_LATENTS for method in methods),
         text=all(method.CACHES_TEXT for method in methods),
+        draws=Draws(**recipe.objective.draws()),
         rank=accelerator.process_index,
         processes=accelerator.num_processes,
         wait=accelerator.wait_for_everyone,

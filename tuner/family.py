@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class Cond(NamedTuple):
     """Everything a denoiser is told besides the noisy latent and the time."""
 
     text: Text
-    time_ids: Tensor | None = None  # [B, 6]
+    time_ids: Tensor | None = None  # [B, 6]: original height and width, crop's top and left, target's
     concat: Tensor | None = None  # [B, k, h, w]
 
 
@@ -38,12 +40,34 @@ class Control(NamedTuple):
     middle: Tensor
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a base is held and how it reads captions.
+
+    Attributes:
+        vae: a folder or a file with another autoencoder than the base's own.
+        clip_skip: which layer of the text encoders is read, 1 the last; None: as the family does.
+        windows: how many windows of 75 tokens a caption has.
+        quantise: how the frozen denoiser and text encoders are stored (bitsandbytes).
+        compute: what quantised layers compute in.
+    """
+
+    vae: Path | None = None
+    clip_skip: int | None = None
+    windows: int = 1
+    quantise: Literal["nf4", "int8"] | None = None
+    compute: torch.dtype = torch.float32
+
+
 class Family(ABC):
     """A base model: its frozen networks and how they are called.
 
     Attributes:
         name: the family's file name, for instance `sd1`.
         version: how the web UIs name the family in a ControlNet's file name, for instance `sd15`.
+        told_sizes: the denoiser is told the picture's size and crop (`Batch.sizes`).
+        inpainting: the denoiser is shown what is to be filled, and the rest of the picture.
+        options: how it was loaded.
         factor: pixels a latent cell covers along one side (8).
         latent_channels: channels of the latent (4).
         scheduler_config: the base's own diffusion schedule, as its config says it.
@@ -53,6 +77,9 @@ class Family(ABC):
 
     name: ClassVar[str]
     version: ClassVar[str]
+    told_sizes: ClassVar[bool] = False
+    inpainting: bool
+    options: Options
     factor: int
     latent_channels: int
     scheduler_config: Mapping[str, Any]
@@ -66,11 +93,11 @@ class Family(ABC):
 
     @abstractmethod
     def tokenize(self, captions: Sequence[str]) -> Tokens:
-        """Captions -> Tokens: ids [B, W, 77], end positions [B, W], cut counts."""
+        """Captions -> Tokens: ids [B, W, 77], end positions [B, W], cut counts; for each text encoder."""
 
     @abstractmethod
-    def add_tokens(self, names: Sequence[str]) -> list[int]:
-        """Add words to the tokeniser; their ids lie behind the frozen table.
+    def add_tokens(self, names: Sequence[str]) -> dict[str, list[int]]:
+        """Add words to every tokeniser; their ids, by text encoder, lie behind the frozen table.
 
         Raises:
             UserError: a name is a token already.
@@ -85,12 +112,31 @@ class Family(ABC):
         """[B, C, h, w] -> [B, 3, H, W] in [-1, 1]; without gradients, in float32."""
 
     @abstractmethod
-    def encode_prompts(self, tokens: Tokens, rows: Tensor | None = None) -> Text:
-        """Tokens -> Text; differentiable in `rows` [n, D] (of added tokens) and in text adapters."""
+    def encode_prompts(self, tokens: Tokens, rows: Mapping[str, Tensor] | None = None) -> Text:
+        """Tokens -> Text; differentiable in `rows` and in text adapters.
+
+        Args:
+            rows: the vectors [n, D] of added tokens, by text encoder.
+        """
 
     @abstractmethod
-    def condition(self, text: Text) -> Cond:
-        """What the denoiser is told, from encoded captions."""
+    def condition(self, text: Text, sizes: Tensor | None = None, concat: Tensor | None = None) -> Cond:
+        """What the denoiser is told.
+
+        Args:
+            text: encoded captions.
+            sizes: [B, 6] as in Cond; None: the whole picture at the latent's size, as pipelines say it.
+            concat: what `inpaint` gave; None: everything is to be filled.
+        """
+
+    @abstractmethod
+    def inpaint(self, pixels: Tensor, hole: Tensor) -> Tensor:
+        """What an inpainting denoiser is shown, [B, 1 + C, h, w]: the hole, and the rest of the picture.
+
+        Args:
+            pixels: [B, 3, H, W] in [-1, 1].
+            hole: [B, 1, H, W], 1 where it is to be filled, else 0.
+        """
 
     @abstractmethod
     def predict(
@@ -110,6 +156,19 @@ class Family(ABC):
     def pipeline(self, control: nn.Module | None = None) -> Any:
         """A diffusers pipeline around the same networks, for sampling only."""
 
+    @abstractmethod
+    def inputs(self, text: Text, negative: Text, size: int, picture: Tensor | None = None) -> dict[str, Any]:
+        """What the pipeline is called with to draw pictures of `size` pixels; an inpainting base draws all.
+
+        Args:
+            text, negative: prompts and negative prompts as `encode_prompts` gave them.
+            picture: [B, k, H, W] in [0, 1], what a control branch looks at.
+        """
+
+    @abstractmethod
+    def around(self, pipeline: Any) -> Self:
+        """The same family with a diffusers pipeline's networks and tokenisers in place of its own."""
+
     @property
     @abstractmethod
     def denoiser(self) -> nn.Module:
@@ -124,11 +183,16 @@ class Family(ABC):
     def embedding(self, encoder: str) -> nn.Embedding:
         """The input embedding [V, D] of a text encoder."""
 
+    @abstractmethod
+    def unread(self, encoder: str) -> tuple[str, ...]:
+        """Paths in a text encoder of the modules whose output nothing reads: adapters there never learn."""
+
     def to(self, device: torch.device) -> None:
-        """Move the networks."""
+        """Move the networks; bitsandbytes puts what it quantises on the GPU itself."""
         self.device = device
         for module in self.modules().values():
-            module.to(device)
+            if not getattr(module, "is_quantized", False):
+                module.to(device)
 
     def cast(self, dtype: torch.dtype, trained: Iterable[nn.Parameter]) -> None:
         """Hold what is frozen in a lower precision; the autoencoder and what is trained stay in float32."""

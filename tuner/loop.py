@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from tuner import checkpoint, counted, optimiser, sample
 from tuner.batch import Batch
-from tuner.blocks import Train
 from tuner.checkpoint import Parts, State
 from tuner.data.loader import Division, Feed, stream
 from tuner.data.plan import Plan, Slot
@@ -29,6 +28,7 @@ from tuner.progress import Progress
 from tuner.recipe import Recipe
 from tuner.signals import Stop
 from tuner.task import Task
+from tuner.training import Train
 
 FLUSH = 10
 """Steps between two looks at the losses: each look waits for the device."""
@@ -80,7 +80,10 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
     """
     recipe, accelerator = run.recipe.train, run.accelerator
     made = build_optimiser(run.methods, recipe)
-    schedule = optimiser.schedule(made, recipe.schedule, recipe.warmup, run.steps)
+    averaging = optimiser.Averaging(made)
+    schedule = optimiser.schedule(
+        made, recipe.schedule, recipe.warmup, run.steps, **recipe.schedule_options()
+    )
     ema = None if recipe.ema is None else Ema(run.task.named_trained(), recipe.ema)
     task, prepared = accelerator.prepare(run.task, made)
     parts = Parts(run.task, made, schedule, ema, accelerator.scaler)
@@ -101,8 +104,9 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
             if done % FLUSH == 0 or done in (start + 1, run.steps) or stopping or looks(run, done):
                 meter.flush(progress.images_per_second)
             progress.update(done, meter.last, run.plan.batch_size)
-            with nullcontext() if ema is None else ema.swap():
-                _look(run, log, previews, done)
+            if looks(run, done):
+                with nullcontext() if ema is None else ema.swap(), averaging.swap():
+                    _look(run, log, previews, done)
             if stopping or done == run.steps or due(done, recipe.checkpoint.every):
                 meter.flush(progress.images_per_second)
                 checkpoint.write(
@@ -112,6 +116,7 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
                 return False
     if ema is not None:
         ema.keep()
+    averaging.keep()
     return True
 
 
@@ -168,8 +173,6 @@ def looks(run: Run, done: int) -> list[str]:
 def _look(run: Run, log: Log, previews: sample.Previews | None, done: int) -> None:
     """Do what is due after a step besides training."""
     recipe, wanted = run.recipe, looks(run, done)
-    if not wanted:
-        return
     for method in run.methods:
         method.train_mode(False)
     if "validation" in wanted:
@@ -191,7 +194,7 @@ def _look(run: Run, log: Log, previews: sample.Previews | None, done: int) -> No
 def validate(run: Run, heldout: Feed) -> float:
     """The mean loss over a fixed grid: held-out samples, each with the same noise and timestep every time.
 
-    The timesteps of n samples are the midpoints of n equal parts of the schedule.
+    The timesteps of n samples are the midpoints of n equal parts of what training draws from.
     """
     count = min(run.recipe.validation.samples, len(heldout.samples))
     feed = replace(heldout, u=lambda slot: (slot.position + 0.5) / count)

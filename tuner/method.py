@@ -44,6 +44,7 @@ class Method(nn.Module):
     Class attributes:
         kind: what its exports are, in metadata's terms.
         NEEDS: the base's components that the method loads.
+        TRAINS: those of them whose own weights it trains.
         COMBINES: other methods that may stand beside it in a recipe.
         DROP_CAPTIONS: the default share of captions replaced by the empty one.
         WHOLE_STEP: the method replaces the diffusion step by its own `loss`.
@@ -52,6 +53,7 @@ class Method(nn.Module):
 
     kind: ClassVar[Kind]
     NEEDS: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder")
+    TRAINS: ClassVar[tuple[str, ...]] = ()
     COMBINES: ClassVar[tuple[str, ...]] = ()
     DROP_CAPTIONS: ClassVar[float] = 0.0
     WHOLE_STEP: ClassVar[bool] = False

@@ -23,7 +23,8 @@ from typing_extensions import TypedDict
 
 from tuner import explain, yaml_source
 from tuner.block import Block, Conflict, expand
-from tuner.blocks import Base, Data, Evaluate, Export, Logging, Objective, Preview, Text, Train, Validation
+from tuner.blocks import Base, Data, Evaluate, Export, Logging, Preview, Text, Validation
+from tuner.training import Objective, Train
 from tuner.yaml_source import Place, Problem, RecipeError
 
 __all__ = ["Recipe", "RecipeError", "json_schema", "load", "method_names", "micro_batch"]

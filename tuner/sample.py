@@ -79,25 +79,21 @@ class Sampler:
         branch = branches[0] if branches and conditions is not None else None
         pipe = family.pipeline(branch)
         rule = CaptionRule(replace=tuple(pair for m in self.task.each() for pair in m.replacements()))
-        more = {}
+        looks = None
         if branch is not None and conditions is not None:
             stacked = np.stack([c.transpose(2, 0, 1) for c in conditions]).astype(np.float32) / 255
-            more["image"] = torch.from_numpy(stacked).to(device)
+            looks = torch.from_numpy(stacked).to(device)
         with self.accelerator.autocast():
             text = self.task.encode(family.tokenize([rule.final(p) for p in prompts]).to(device))
             negative = self.task.encode(family.tokenize([self.negative] * len(prompts)).to(device))
             latents = pipe(
-                prompt_embeds=text.hidden,
-                negative_prompt_embeds=negative.hidden,
+                **family.inputs(text, negative, self.size, looks),
                 num_inference_steps=self.steps,
                 # Where both branches read the same, guidance changes nothing: one branch is enough.
                 guidance_scale=1.0 if set(prompts) == {self.negative} else self.guidance,
-                height=self.size,
-                width=self.size,
                 latents=self._noise(first, len(prompts)).to(device, text.hidden.dtype),
                 output_type="latent",
                 return_dict=False,
-                **more,
             )[0]
         return to_pictures(family.decode_latents(latents))
 

@@ -75,10 +75,20 @@ class Task(nn.Module):
     def losses(self, batch: Batch) -> Tensor:
         """The weighted loss of each sample [B] in float32."""
         x0 = self.latents(batch)
-        noised = self.objective.noise(x0, batch.noise, self.objective.sample_t(batch.u))
-        cond = self.family.condition(self._text(batch))
+        t = self.objective.sample_t(batch.u)
+        noised = self.objective.noise(x0, batch.noise, t, batch.input_noise)
+        cond = self._condition(batch)
         pred = self._predict(noised.x_t, noised.t, cond, batch)
         return self.objective.loss(pred, noised).mean(dim=(1, 2, 3)) * noised.weight
+
+    def _condition(self, batch: Batch) -> Cond:
+        """What the denoiser is told of a batch."""
+        family, concat = self.family, None
+        assert not family.told_sizes or batch.sizes is not None
+        if family.inpainting:
+            assert batch.pixels is not None and batch.hole is not None
+            concat = family.inpaint(batch.pixels, batch.hole)
+        return family.condition(self._text(batch), batch.sizes, concat)
 
     def latents(self, batch: Batch) -> Tensor:
         """The clean latents [B, C, h, w] of a batch: a draw from the autoencoder's posterior."""

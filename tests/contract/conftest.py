@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,15 @@ SIZE = 32  # pixels of a side
 COUNT = 6  # samples
 
 
+WITHOUT_UNET = ("autoencoder", "contrastive")  # to them an inpainting base is one as any other
+
+
 @dataclass(frozen=True)
 class Case:
     """A row of the table.
 
     Attributes:
+        base: which of the tiny bases (`folders` of tests/conftest.py); its family's name, or that and more.
         frozen: the base is left as it is, and `off` gives it back.
         divides: a step may be divided into micro-batches and processes.
         learning_rate, falls: in 25 steps at this rate on one batch the loss falls below this share.
@@ -41,7 +45,7 @@ class Case:
 
     method: str
     config: dict[str, Any] = field(default_factory=dict)
-    family: str = "sd1"
+    base: str = "sd1"
     frozen: bool = True
     divides: bool = True
     learning_rate: float = 1e-3
@@ -49,10 +53,14 @@ class Case:
 
     @property
     def name(self) -> str:
-        return "-".join([self.method, *(k for k, v in self.config.items() if v is True), self.family])
+        return "-".join([self.method, *(k for k, v in self.config.items() if v is True), self.base])
+
+    @property
+    def family(self) -> str:
+        return self.base.partition("_")[0]
 
 
-CASES = (
+SD1 = (
     Case("controlnet", {"condition": "canny"}),
     Case(
         "textual_inversion",
@@ -60,7 +68,6 @@ CASES = (
         learning_rate=0.1,
         falls=0.98,  # a random UNet hardly listens to its text; but each step is the same step
     ),
-    Case("lora", {"rank": 4}, learning_rate=1e-2),
     Case(
         "lora",
         {"rank": 4, "alpha": 8.0, "targets": "attention+feed-forward", "text_encoder": True},
@@ -70,7 +77,17 @@ CASES = (
     Case("autoencoder", frozen=False),
     Case("contrastive", frozen=False, divides=False),
 )
-FOLDERS = {"sd1": "sd1_folder"}  # the fixture that makes a tiny base of each family
+SLOWER = {"lora": 0.7, "textual_inversion": 0.999}
+INPAINT = tuple(replace(case, base="sd1_inpaint") for case in SD1 if case.method not in WITHOUT_UNET)
+CASES = (
+    *SD1,
+    Case("lora", {"rank": 4}, learning_rate=1e-2),
+    *(replace(case, base="sd2") for case in SD1),
+    # One of the tiny SDXL's two levels has no attention, and its UNet hears its text hardly at all.
+    *(replace(case, base="sdxl", falls=SLOWER.get(case.method, case.falls)) for case in SD1),
+    *INPAINT,
+    Case("lora", {"rank": 4}, base="sdxl_inpaint", learning_rate=1e-2, falls=0.7),
+)
 
 
 @dataclass(frozen=True)
@@ -148,13 +165,12 @@ def hashes(tmp_path_factory: pytest.TempPathFactory) -> Hashes:
 
 
 @pytest.fixture
-def load(request: pytest.FixtureRequest, hashes: Hashes) -> Callable[[Case], Family]:
+def load(folders: dict[str, Path], hashes: Hashes) -> Callable[[Case], Family]:
     """A fresh base of a row's family, no method on it."""
 
     def fresh(case: Case) -> Family:
-        folder: Path = request.getfixturevalue(FOLDERS[case.family])
         needs = importlib.import_module(f"tuner.methods.{case.method}").METHOD.NEEDS
-        return base.load(str(folder), None, (), needs, 0, hashes)
+        return base.load(str(folders[case.base]), None, (), needs, 0, hashes)
 
     return fresh
 
@@ -177,6 +193,8 @@ def build(load: Callable[[Case], Family], samples: list[Sample]) -> Build:
             Latents(family.latent_channels, family.factor),
             Texts(family.tokenize if family.text_encoders else None),
             method.condition,
+            sizes=family.told_sizes,
+            holes=family.inpainting,
         )
         return Bench(case, family, method, task, feed)
 

@@ -19,9 +19,9 @@ ENCODER = "branch.controlnet_cond_embedding."
 LAST = ENCODER + "conv_out."
 
 
-@pytest.fixture
-def controlnet(cases: tuple[Case, ...], build: Callable[..., Bench]) -> Bench:
-    (row,) = (case for case in cases if case.method == "controlnet")
+@pytest.fixture(params=["sd1", "sd2", "sdxl", "sd1_inpaint"])
+def controlnet(request: pytest.FixtureRequest, cases: tuple[Case, ...], build: Callable[..., Bench]) -> Bench:
+    (row,) = (case for case in cases if (case.method, case.base) == ("controlnet", request.param))
     return build(row)
 
 
@@ -47,12 +47,17 @@ def test_the_clone_is_the_base_and_the_zeros_are_zero(controlnet: Bench) -> None
     own = {name.removeprefix("branch."): p for name, p in controlnet.method.trained().items()}
     shared = own.keys() & unet.keys()
     assert len(shared) > 50
+    told = {"add_embedding"} if controlnet.case.family == "sdxl" else set()
     assert {name.split(".")[0] for name in shared} == {
         "conv_in",
         "time_embedding",
         "down_blocks",
         "mid_block",
+        *told,
     }
+    # An inpainting base's branch sees the noisy latent alone, which comes first.
+    unet["conv_in.weight"] = torch.nn.Parameter(unet["conv_in.weight"][:, :4])
+    assert own["conv_in.weight"].shape[1] == controlnet.method.branch.config.in_channels == 4
     for name in shared:
         assert torch.equal(own[name], unet[name]) and own[name].data_ptr() != unet[name].data_ptr(), name
     zeros = [

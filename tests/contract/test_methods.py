@@ -28,8 +28,8 @@ Case = Any
 def test_every_method_and_family_has_a_row(cases: tuple[Case, ...]) -> None:
     methods = {module.name for module in pkgutil.iter_modules(tuner.methods.__path__)}
     families = {module.name for module in pkgutil.iter_modules(tuner.families.__path__)}
-    assert len(methods) >= 6 and len(families) >= 1
-    assert {case.method for case in cases} == methods
+    assert len(methods) >= 6 and len(families) >= 3
+    assert {(case.method, case.base) for case in cases} >= {(m, f) for m in methods for f in families}
     assert {case.family for case in cases} == families
     assert len({case.name for case in cases}) == len(cases)
 
@@ -249,7 +249,9 @@ def test_a_cached_step_is_the_same_step(bench: Bench, tmp_path: Path) -> None:
     for about in (wanted, replace(wanted, cache=None)):
         made = assemble.feed(feed.samples, about, bench.family, hashes)
         cached = about.cache is not None
-        assert (made.latents.store is not None) == (cached and method.CACHES_LATENTS)
+        stays = method.CACHES_LATENTS and not bench.family.inpainting
+        assert (made.latents.store is not None) == (cached and stays)
+        assert made.texts.pooled == (made.texts.store is not None and bench.case.family == "sdxl")
         assert (made.texts.store is not None) == (
             cached and method.CACHES_TEXT and "text_encoder" in method.NEEDS
         )

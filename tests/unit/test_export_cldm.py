@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,10 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint, convert_ldm_unet_checkpoint
 
+import tuner
 from tuner.export import cldm, files
 
+CONFIGS = Path(tuner.__file__).parent / "configs"
 SD15: dict[str, Any] = {"cross_attention_dim": 768}
 SMALL: dict[str, Any] = {
     "block_out_channels": (32, 64, 64, 64),
@@ -123,3 +127,90 @@ def test_unet_names_are_those_that_diffusers_converts(layers: int, keys: int | N
     checkpoint = {f"model.diffusion_model.{key}": value for key, value in named.items()}
     check_equal(convert_ldm_unet_checkpoint(checkpoint, dict(model.config)), state)
     check_equal(cldm.rename(named, cldm.inverse(cldm.unet_names(model.config))), state)
+
+
+@pytest.mark.parametrize(
+    ("shipped", "millions", "keys"),
+    [
+        ("sd15", (859.52, 361.28), (686, 340)),
+        ("sd15-inpainting", (859.54, 361.29), (686, 340)),
+        ("sd21", (865.91, 364.23), (686, 340)),
+        ("sd21-base", (865.91, 364.23), (686, 340)),
+        ("sdxl", (2567.46, 1251.01), (1680, 844)),
+        ("sdxl-inpainting", (2567.48, 1251.03), (1680, 844)),
+    ],
+)
+def test_every_family_at_full_size(
+    shipped: str, millions: tuple[float, float], keys: tuple[int, int]
+) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / shipped / "unet"))
+        branch = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    sizes = [sum(p.numel() for p in model.parameters()) / 1e6 for model in (unet, branch)]
+    assert [round(size, 2) for size in sizes] == list(millions)
+
+    state = unet.state_dict()
+    named = cldm.rename(state, cldm.unet_names(unet.config))
+    checkpoint = {f"model.diffusion_model.{key}": value for key, value in named.items()}
+    check_equal(convert_ldm_unet_checkpoint(checkpoint, dict(unet.config)), state)
+    check_equal(cldm.rename(named, cldm.inverse(cldm.unet_names(unet.config))), state)
+    clone = branch.state_dict()
+    control = cldm.to_cldm(clone, branch.config)
+    assert (len(named), len(control)) == keys
+    check_equal(cldm.from_cldm(control, branch.config), clone)
+    # The branch is the UNet's own beginning: what they share has the same names in both layouts.
+    bare = {key.removeprefix(cldm.PREFIX): value for key, value in control.items()}
+    shared = {key: value for key, value in bare.items() if key in named}
+    added = ("zero_convs.", "input_hint_block.", "middle_block_out.")
+    assert sorted(set(bare) - set(shared)) == sorted(key for key in bare if key.startswith(added))
+    assert len(shared) > 250
+    assert all(value.shape == named[key].shape for key, value in shared.items())
+
+
+def test_names_of_sdxl() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(CONFIGS / "sdxl" / "unet"))
+        branch = ControlNetModel.from_unet(unet, load_weights_from_unet=False)
+    whole, clone = unet.state_dict(), branch.state_dict()
+    for state, named in (
+        (whole, cldm.rename(whole, cldm.unet_names(unet.config))),
+        (clone, cldm.to_cldm(clone, branch.config)),
+    ):
+        at = {key.removeprefix(cldm.PREFIX): value for key, value in named.items()}
+        assert at["label_emb.0.0.weight"] is state["add_embedding.linear_1.weight"]
+        assert at["label_emb.0.2.bias"] is state["add_embedding.linear_2.bias"]
+        assert tuple(at["label_emb.0.0.weight"].shape) == (1280, 2816)
+        # Two levels with attention, of 2 and 10 transformer blocks, as has the middle; none at the first.
+        pattern = re.compile(r"(input_blocks\.\d+|middle_block)\.1\.transformer_blocks\.(\d+)\.")
+        blocks = {found.groups() for found in map(pattern.match, at) if found}
+        depths = {"4": 2, "5": 2, "7": 10, "8": 10}
+        wanted = {f"input_blocks.{n}": depth for n, depth in depths.items()} | {"middle_block": 10}
+        assert Counter(place for place, _ in blocks) == wanted
+        assert at["input_blocks.6.0.op.weight"] is state["down_blocks.1.downsamplers.0.conv.weight"]
+    zero = {key for key in at if key.startswith("zero_convs.") and key.endswith(".weight")}
+    assert [at[f"zero_convs.{n}.0.weight"].shape[0] for n in range(len(zero))] == [320] * 4 + [640] * 3 + [
+        1280
+    ] * 2
+
+
+@pytest.mark.parametrize(("family", "linear"), [("sd1", False), ("sd2", True), ("sdxl", True)])
+def test_controlnet_of_every_family(folders: dict[str, Path], family: str, linear: bool) -> None:
+    unet = UNet2DConditionModel.from_pretrained(folders[family] / "unet")
+    branch = ControlNetModel.from_unet(unet, conditioning_channels=2)
+    state = branch.state_dict()
+    named = cldm.to_cldm(state, branch.config)
+    assert len(named) == len(state) > 100
+    projections = [value for key, value in named.items() if key.endswith(".proj_in.weight")]
+    assert len(projections) == (2 if family == "sdxl" else 3)
+    assert {value.ndim for value in projections} == {2 if linear else 4}
+    # diffusers converts all but SDXL's label_emb.
+    known = {key: value for key, value in state.items() if not key.startswith("add_embedding.")}
+    assert len(state) - len(known) == (4 if family == "sdxl" else 0)
+    check_equal(convert_controlnet_checkpoint(dict(named), branch.config), known)
+    check_equal(cldm.from_cldm(named, branch.config), state)
+    if family == "sdxl":
+        with pytest.raises(cldm.LayoutError, match=r"label_emb\.0\.0 is missing"):
+            cldm.to_cldm(known, branch.config)
+        other = dict(branch.config, addition_embed_type="text")
+        with pytest.raises(cldm.LayoutError, match="addition_embed_type is text; .* text_time"):
+            cldm.to_cldm(state, other)

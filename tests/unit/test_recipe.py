@@ -25,9 +25,15 @@ def test_defaults_and_short_forms(good: str, read: Loader) -> None:
     assert list(loaded.method) == ["lora"] and loaded.method["lora"].rank == 8  # type: ignore[attr-defined]
     assert [(source.path, source.repeats) for source in loaded.data.source] == [("pictures", 1)]
     assert loaded.data.heldout == [] and loaded.data.captions.drop is None
-    assert loaded.train.learning_rate == 0.0001 and loaded.train.optimiser.betas == (0.9, 0.999)
+    assert loaded.train.learning_rate == 0.0001 and loaded.train.optimiser.betas is None
     assert loaded.name == "x" and loaded.validation.every == 0
-    assert loaded.objective.options() == {"weighting": "none", "loss": "mse", "timesteps": None}
+    assert loaded.objective.options() == {
+        "zero_terminal_snr": False,
+        "weighting": "none",
+        "loss": "mse",
+        "timesteps": None,
+        "timestep_shape": "uniform",
+    }
 
 
 @pytest.mark.parametrize(
@@ -101,6 +107,15 @@ def test_overrides(
     assert get(read(good, *overrides)) == expected
 
 
+def test_a_faulty_piece_of_a_schedule_is_told_in_place(good: str, read: Loader) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read(good, "train.schedule=piecewise_constant", "train.schedule_pieces=[[a, 1], [5], [7, 0.1]]")
+    text = str(caught.value)
+    assert "train.schedule_pieces.0.0: found the text 'a', expected a whole number" in text
+    assert "train.schedule_pieces.1: found a list of 1, expected a list of 2" in text
+    assert text.count("schedule_pieces.") == 2
+
+
 def leaves(tree: Any) -> int:
     return sum(map(leaves, tree.values())) if isinstance(tree, dict) and tree else 1
 
@@ -109,7 +124,9 @@ def test_resolved_recipe_is_complete_and_loads_again(good: str, read: Loader) ->
     changes = (
         "export.name=edges",
         "objective.weighting=min_snr",
-        "train.optimiser.eps=1e-12",
+        "train.optimiser={eps: 1e-12, betas: [0.8, 0.9], options: {amsgrad: true, maximize: null}}",
+        "train.schedule=piecewise_constant",
+        "train.schedule_pieces=[[5, 0.5], [7, 0.1]]",
         "data.heldout=h",
     )
     loaded = read(good, *changes)

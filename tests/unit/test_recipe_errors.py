@@ -46,7 +46,7 @@ KEYS = "base, data, evaluate, export, log, method, objective, output, preview, t
 SOURCE = "a folder with metadata.jsonl, with .txt beside the pictures, or in datasets/"
 TOLD = [
     "x.yaml:1: base.new.0: found the text 'unte', "
-    "expected one of: unet, vae, text_encoder, image_encoder; did you mean unet?",
+    "expected one of: unet, vae, text_encoder, text_encoder_2, image_encoder; did you mean unet?",
     "x.yaml:1: base.path: found the number 5, expected text; write '5', with the quotes, for this text",
     "x.yaml:1: output: is missing; expected text (folder that the run writes to)",
     "x.yaml:3: method.lora.rnak: unknown key; did you mean rank? (expected one of: layers, rank)",
@@ -58,9 +58,11 @@ TOLD = [
     "x.yaml:10: data.resolution: found the text '128', expected a whole number",
     "x.yaml:11: data.flip: found the text 'no', expected true or false; write false",
     "x.yaml:12: data.captions.templates.1: found 0 times {} in 'a photo', expected it once",
-    "x.yaml:14: objective.snr_gamma: has no effect: it belongs to weighting min_snr, and weighting is none",
+    "x.yaml:14: objective.snr_gamma: has no effect: it belongs to weighting min_snr or "
+    "soft_min_snr, and weighting is none",
     "x.yaml:15: objective.timesteps: found a list of 1, expected a list of 2",
-    "x.yaml:16: objective.loss: found the text 'hubber', expected one of: mse, huber; did you mean huber?",
+    "x.yaml:16: objective.loss: found the text 'hubber', expected one of: mse, l1, huber, smooth_l1; "
+    "did you mean huber?",
     "x.yaml:19: train.epochs: found together with steps, expected one of the two "
     "(train.steps=null takes steps away)",
     "x.yaml:20: train.batch_size: found true, expected a whole number",

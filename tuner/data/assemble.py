@@ -15,7 +15,8 @@ from torch import Tensor
 from tuner.data import pictures
 from tuner.data.cache import Hashes, Store, key
 from tuner.data.captions import CaptionRule
-from tuner.data.loader import Feed, Latents, Texts
+from tuner.data.loader import POOLED, Feed, Latents, Texts
+from tuner.data.noise import Draws
 from tuner.data.sources import Sample, open_source
 from tuner.family import Family
 from tuner.progress import say, track
@@ -39,14 +40,16 @@ class Wanted:
     cache: Path | None  # None: nothing is cached
     latents: bool  # the frozen autoencoder's output may be cached
     text: bool  # the frozen text encoder's output may be cached
+    draws: Draws = Draws()
     rank: int = 0
     processes: int = 1
     wait: Callable[[], None] = lambda: None  # for all processes
 
     def plain(self) -> Wanted:
-        """The same for looking instead of training: the first caption, nothing dropped, mirrored or moved."""
+        """The same for looking instead of training: the first caption, plain noise, nothing dropped,
+        mirrored or moved."""
         captions = CaptionRule("first", (), self.captions.prefix, 0.0, self.captions.replace)
-        return replace(self, captions=captions, flip=False, crop="center")
+        return replace(self, captions=captions, flip=False, crop="center", draws=Draws())
 
 
 def read_sources(
@@ -77,7 +80,8 @@ def digest(samples: Sequence[Sample], hashes: Hashes) -> str:
 def feed(samples: Sequence[Sample], wanted: Wanted, family: Family, hashes: Hashes) -> Feed:
     """The feed of some samples, with everything encoded that may be cached."""
     latents = Latents(family.latent_channels, family.factor)
-    if wanted.latents and wanted.cache is not None and wanted.crop == "center" and "vae" in family.modules():
+    stays = wanted.crop == "center" and not family.inpainting  # else the pixels are needed in each step
+    if wanted.latents and wanted.cache is not None and stays and "vae" in family.modules():
         latents = _cache_latents(samples, wanted, family, hashes)
     texts = Texts(family.tokenize if family.text_encoders else None)
     if wanted.text and wanted.cache is not None and family.text_encoders:
@@ -92,6 +96,9 @@ def feed(samples: Sequence[Sample], wanted: Wanted, family: Family, hashes: Hash
         wanted.condition,
         wanted.flip,
         wanted.crop,
+        draws=wanted.draws,
+        sizes=family.told_sizes,
+        holes=family.inpainting,
     )
 
 
@@ -137,12 +144,21 @@ def _cache_text(samples: Sequence[Sample], wanted: Wanted, family: Family) -> Te
     assert wanted.cache is not None
     captions = sorted(set().union(*(wanted.captions.every(s.captions) for s in samples)))
     with torch.no_grad():
-        one = family.encode_prompts(family.tokenize([""]).to(family.device)).hidden
-    if one.nbytes * len(captions) > TEXT_LIMIT:
+        one = family.encode_prompts(family.tokenize([""]).to(family.device))
+    size = one.hidden.nbytes + (0 if one.pooled is None else one.pooled.nbytes)
+    if size * len(captions) > TEXT_LIMIT:
         say(f"{len(captions)} captions are too many to keep encoded; they are encoded in each step")
         return None
     store = Store(wanted.cache / "text")
-    about = {"tokenizer and encoder": family.digests["text_encoder"], "dtype": str(one.dtype)}
+    read = {n: d for n, d in family.digests.items() if n.startswith(("text_encoder", "tokenizer"))}
+    options = family.options
+    about = {
+        "tokenizers and encoders": read,
+        "clip_skip": options.clip_skip,
+        "windows": options.windows,
+        "quantise": options.quantise,
+        "dtype": str(one.hidden.dtype),
+    }
 
     def name(caption: str) -> str:
         return key(caption=caption, **about)
@@ -152,15 +168,18 @@ def _cache_text(samples: Sequence[Sample], wanted: Wanted, family: Family) -> Te
 
     def encode(chunk: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
         with torch.no_grad():
-            hidden = family.encode_prompts(
-                family.tokenize([c for _, c in chunk]).to(family.device)
-            ).hidden.cpu()
-        return {n: row.clone() for (n, _), row in zip(chunk, hidden, strict=True)}
+            tokens = family.tokenize([c for _, c in chunk]).to(family.device)
+            text = family.encode_prompts(tokens).map(lambda tensor: tensor.cpu())
+        entries = {n: row.clone() for (n, _), row in zip(chunk, text.hidden, strict=True)}
+        if text.pooled is not None:
+            pooled = zip(chunk, text.pooled, strict=True)
+            entries |= {POOLED.format(n): row.clone() for (n, _), row in pooled}
+        return entries
 
     _encode(items, encode, store, "encoding captions")
     wanted.wait()
     store.refresh()
-    return Texts(family.tokenize, store, name)
+    return Texts(family.tokenize, store, name, one.pooled is not None)
 
 
 Item = TypeVar("Item")

@@ -55,11 +55,17 @@ class Hashes:
                 name, stamp = str(path.resolve()), f"{about.st_size} {about.st_mtime_ns} {about.st_ino}"
                 old = known.get(name)
                 if old is None or old[0] != stamp:
-                    old = (stamp, hashlib.sha256(path.read_bytes()).hexdigest())
+                    old = (stamp, content_hash(path))
                     fresh.append((name, *old))
                 found[path] = old[1]
             base.executemany("insert or replace into hashes values (?, ?, ?)", fresh)
         return found
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file's bytes, read in pieces: a checkpoint may be larger than the memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Store:

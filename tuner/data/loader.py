@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from tuner import counted
 from tuner.batch import Batch
-from tuner.data import conditions, pictures
+from tuner.data import conditions, holes, pictures
 from tuner.data.cache import Store
 from tuner.data.captions import CaptionRule
+from tuner.data.noise import Draws
 from tuner.data.plan import Plan, Slot, share
 from tuner.data.sources import Sample
 from tuner.errors import UserError
@@ -33,6 +34,10 @@ class Latents:
     names: Sequence[tuple[str, str]] = ()  # for each sample, its entry as it is and mirrored
 
 
+POOLED = "{} pooled"
+"""The name of the pooled encoding that belongs to a caption's entry in the cache."""
+
+
 @dataclass(frozen=True)
 class Texts:
     """How captions become tokens, and the cache of their encodings, if they are cached."""
@@ -40,6 +45,7 @@ class Texts:
     tokenize: Callable[[Sequence[str]], Tokens] | None
     store: Store | None = None
     name: Callable[[str], str] | None = None  # caption -> entry
+    pooled: bool = False  # each entry has one of the pooled encoding beside, named by POOLED
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,9 @@ class Feed:
         condition: a kind of condition, `image` for given condition pictures, None for none.
         flip: mirror half of the samples; crop: `center` or `random`.
         u: overrides the timestep's random number, for the fixed grid of the validation.
+        sizes: the denoiser is told each picture's size and crop.
+        holes: an inpainting base fills a part of each picture, drawn at random.
+        draws: how noise and timesteps are drawn.
     """
 
     samples: Sequence[Sample]
@@ -62,6 +71,9 @@ class Feed:
     flip: bool = False
     crop: str = "center"
     u: Callable[[Slot], float] | None = None
+    sizes: bool = False
+    holes: bool = False
+    draws: Draws = Draws()
 
     def transform(self, slot: Slot) -> pictures.Transform:
         """The geometric transform of a sample, for its picture and its condition alike."""
@@ -110,13 +122,14 @@ class Feed:
         )
         side = self.size // self.latents.factor
         shape = (self.latents.channels, side, side)
+        noise = self._noise(shape, slots)
         return Batch(
             names=tuple(str(self.samples[s.sample].path) for s in slots),
             captions=captions,
             weight=torch.tensor([s.weight for s in slots], dtype=torch.float32),
             total=total,
             u=torch.tensor([self._u(s) for s in slots], dtype=torch.float64),
-            noise=self._normal(shape, slots, "noise"),
+            noise=noise,
             posterior=self._normal(shape, slots, "posterior"),
             pixels=None
             if pixels is None
@@ -125,12 +138,38 @@ class Feed:
             tokens=self._tokens(captions),
             text=self._text(captions),
             condition=condition,
+            sizes=self._sizes(slots) if self.sizes else None,
+            hole=self._holes(slots) if self.holes else None,
+            input_noise=self._input_noise(noise, slots),
         )
 
     def _u(self, slot: Slot) -> float:
         if self.u is not None:
             return self.u(slot)
-        return counted.uniform(self.seed, slot.epoch, slot.position, "timestep")
+        return self.draws.u(self.seed, slot.epoch, slot.position)
+
+    def _noise(self, shape: tuple[int, int, int], slots: Sequence[Slot]) -> torch.Tensor:
+        drawn = [self.draws.noise(shape, self.seed, s.epoch, s.position) for s in slots]
+        return torch.from_numpy(np.stack(drawn))
+
+    def _input_noise(self, noise: torch.Tensor, slots: Sequence[Slot]) -> torch.Tensor | None:
+        if not self.draws.input_perturbation:
+            return None
+        of = zip(noise.numpy(), slots, strict=True)
+        drawn = [self.draws.input_noise(one, self.seed, s.epoch, s.position) for one, s in of]
+        return torch.from_numpy(np.stack(drawn))
+
+    def _sizes(self, slots: Sequence[Slot]) -> torch.Tensor:
+        """Of each sample height and width of its file, top and left of the crop, height and width [B, 6]."""
+        told = []
+        for slot in slots:
+            wide, high = pictures.size(self.samples[slot.sample].path)
+            told.append([high, wide, *self.transform(slot).seen(high, wide), self.size, self.size])
+        return torch.tensor(told, dtype=torch.float32)
+
+    def _holes(self, slots: Sequence[Slot]) -> torch.Tensor:
+        drawn = [holes.draw(self.size, self.seed, s.epoch, s.position) for s in slots]
+        return torch.from_numpy(np.stack(drawn))
 
     def _normal(self, shape: tuple[int, ...], slots: Sequence[Slot], purpose: str) -> torch.Tensor:
         drawn = [counted.normal(shape, self.seed, s.epoch, s.position, purpose) for s in slots]
@@ -149,9 +188,13 @@ class Feed:
         return self.texts.tokenize(captions)
 
     def _text(self, captions: Sequence[str]) -> Text | None:
-        if self.texts.store is None or self.texts.name is None:
+        store, name = self.texts.store, self.texts.name
+        if store is None or name is None:
             return None
-        return Text(torch.stack([self.texts.store.read(self.texts.name(c)) for c in captions]))
+        names = [name(caption) for caption in captions]
+        hidden = torch.stack([store.read(one) for one in names])
+        pooled = [store.read(POOLED.format(one)) for one in names] if self.texts.pooled else None
+        return Text(hidden, None if pooled is None else torch.stack(pooled))
 
 
 @dataclass(frozen=True)

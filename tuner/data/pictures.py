@@ -29,16 +29,28 @@ class Transform:
     down: float = 0.5
     flip: bool = False
 
-    def __call__(self, picture: Picture) -> Picture:
-        """uint8 [H, W, 3] -> uint8 [size, size, 3]; antialiased (Lanczos)."""
-        height, width = picture.shape[:2]
+    def place(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Where a picture of [H, W] is cropped, before it is mirrored.
+
+        Returns:
+            Its height and width after resizing, and the crop's top and left in that.
+        """
         if min(height, width) != self.size:
             scale = self.size / min(height, width)
-            wide, high = max(self.size, round(width * scale)), max(self.size, round(height * scale))
-            picture = np.asarray(Image.fromarray(picture).resize((wide, high), Image.Resampling.LANCZOS))
-            height, width = high, wide
-        left = round((width - self.size) * self.across)
-        top = round((height - self.size) * self.down)
+            height, width = max(self.size, round(height * scale)), max(self.size, round(width * scale))
+        top, left = round((height - self.size) * self.down), round((width - self.size) * self.across)
+        return height, width, top, left
+
+    def seen(self, height: int, width: int) -> tuple[int, int]:
+        """Top and left of the crop as the mirrored picture shows it, from the picture's [H, W]."""
+        _, wide, top, left = self.place(height, width)
+        return top, wide - self.size - left if self.flip else left
+
+    def __call__(self, picture: Picture) -> Picture:
+        """uint8 [H, W, 3] -> uint8 [size, size, 3]; antialiased (Lanczos)."""
+        height, width, top, left = self.place(*picture.shape[:2])
+        if picture.shape[:2] != (height, width):
+            picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
         square = picture[top : top + self.size, left : left + self.size]
         return np.ascontiguousarray(square[:, ::-1] if self.flip else square)
 

@@ -2,7 +2,8 @@
 
 The original lists its layers in order of use: `input_blocks.0` is conv_in, then one entry for each residual
 block (`.0`) with its attention (`.1`), and one for each downsampling (`.0.op`). Tensors are the same in both
-layouts; only names change.
+layouts; only names change. One table serves SD1.x, SD2.x (projections are linear layers, not convolutions)
+and SDXL (three levels, several transformer blocks in one attention, `label_emb`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _TIME = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2"}
+# SDXL's embedding of sizes and pooled text (sgm's `num_classes: sequential`).
+_LABEL = {"add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2"}
 _ATTENTION_BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 
 
@@ -36,11 +39,12 @@ def to_cldm(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str,
     """State dict of a diffusers ControlNetModel -> cldm names below `control_model.`; values untouched.
 
     `config` is the model's own. Any `block_out_channels`, `layers_per_block`, and linear or convolutional
-    projections fit; ComfyUI and A1111 build the condition encoder with 16, 32, 96, 256 channels whatever
-    the file says, so that others load in diffusers alone.
+    projections fit, and SDXL's `addition_embed_type: text_time`; ComfyUI and A1111 build the condition
+    encoder with 16, 32, 96, 256 channels whatever the file says, so that others load in diffusers alone.
+    diffusers does not read an SDXL ControlNet in these names (it does not convert `label_emb`).
 
     Raises:
-        LayoutError: an unknown or missing key, or a configuration outside the SD1.x layout.
+        LayoutError: an unknown or missing key, or a configuration that the layout has no place for.
     """
     pairs = controlnet_names(config)
     named = rename(state, pairs)
@@ -54,7 +58,7 @@ def from_cldm(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
     """The exact inverse of `to_cldm`; keys with and without `control_model.` are taken.
 
     Raises:
-        LayoutError: an unknown key, or a configuration outside the SD1.x layout.
+        LayoutError: an unknown key, or a configuration that the layout has no place for.
     """
     bare = {key.removeprefix(PREFIX): value for key, value in state.items()}
     if len(bare) != len(state):
@@ -106,9 +110,18 @@ def unet_names(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def down_names(config: Mapping[str, Any]) -> dict[str, str]:
-    """What UNet and ControlNet share: time embedding, conv_in, the downward half and the middle."""
+    """What UNet and ControlNet share: embeddings, conv_in, the downward half and the middle.
+
+    Raises:
+        LayoutError: `layers_per_block` is not one number, or an embedding besides time's that is not SDXL's.
+    """
     levels, layers = len(config["block_out_channels"]), _layers(config)
-    names = _TIME | {"conv_in": "input_blocks.0.0"}
+    added = config.get("addition_embed_type")
+    if added not in (None, "text_time"):
+        raise LayoutError(
+            f"addition_embed_type is {added}; the original layout has text_time (SDXL), or none"
+        )
+    names = _TIME | (_LABEL if added else {}) | {"conv_in": "input_blocks.0.0"}
     for level in range(levels):
         for layer in range(layers):
             place = f"input_blocks.{1 + level * (layers + 1) + layer}"

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from tuner.errors import UserError
 
+BOTH = ("clip_l", "clip_g")
+"""The keys of a base with two text encoders, SDXL's first and second."""
+
 _STEM = re.compile(r"\w[\w.+-]*")  # one word in a prompt, and a file name on every system
 
 
@@ -15,19 +18,23 @@ class TokenError(UserError):
     """A token that cannot name a file, or vectors that are no table."""
 
 
-def to_file(token: str, vectors: Tensor) -> dict[str, Tensor]:
+def to_file(token: str, vectors: Tensor, second: Tensor | None = None) -> dict[str, Tensor]:
     """All vectors of one token, [n, dim], as the file's only tensor, named by the token.
 
-    Never one key for each vector: ComfyUI would take the first and diffusers refuse the file.
+    Never one key for each vector: ComfyUI would take the first and diffusers refuse the file. With the
+    vectors of a second text encoder, [n, other dim], there is a tensor for each, named as in BOTH.
 
     Raises:
-        TokenError: the token is empty, or the vectors are not [n, dim] with n of at least 1.
+        TokenError: the token is empty, or the vectors are not [n, dim] with one n of at least 1.
     """
     if not token.strip():
         raise TokenError("the token is empty")
-    if vectors.ndim != 2 or 0 in vectors.shape:
-        raise TokenError(f"{token}: vectors of shape {list(vectors.shape)}, expected [n, dim]")
-    return {token: vectors.detach().contiguous()}
+    tables = [vectors] if second is None else [vectors, second]
+    for table in tables:
+        if table.ndim != 2 or 0 in table.shape or len(table) != len(vectors):
+            raise TokenError(f"{token}: vectors of shape {list(table.shape)}, expected [n, dim]")
+    names = [token] if second is None else BOTH
+    return {name: table.detach().contiguous() for name, table in zip(names, tables, strict=True)}
 
 
 def file_name(token: str) -> str:

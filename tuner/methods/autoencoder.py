@@ -43,6 +43,7 @@ class Autoencoder(Method):
 
     kind: ClassVar[Kind] = "full"
     NEEDS: ClassVar[tuple[str, ...]] = ("vae",)
+    TRAINS: ClassVar[tuple[str, ...]] = ("vae",)
     WHOLE_STEP: ClassVar[bool] = True
     CACHES_LATENTS: ClassVar[bool] = False
 

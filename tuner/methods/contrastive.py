@@ -38,6 +38,7 @@ class Contrastive(Method):
 
     kind: ClassVar[Kind] = "full"
     NEEDS: ClassVar[tuple[str, ...]] = ("text_encoder", "image_encoder")
+    TRAINS: ClassVar[tuple[str, ...]] = ("text_encoder", "image_encoder")
     WHOLE_STEP: ClassVar[bool] = True
     CACHES_LATENTS: ClassVar[bool] = False
     CACHES_TEXT: bool = False

@@ -20,6 +20,7 @@ class Full(Method):
     """Trains all of the denoiser."""
 
     kind: ClassVar[Kind] = "full"
+    TRAINS: ClassVar[tuple[str, ...]] = ("unet",)
     DROP_CAPTIONS: ClassVar[float] = 0.1
 
     def __init__(self, config: Config, family: Family, seed: int) -> None:

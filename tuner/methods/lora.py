@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -65,7 +66,8 @@ class Lora(Method):
         if config.text_encoder:
             self.hosts |= family.text_encoders
         for component, module in self.hosts.items():
-            self._inject(component, module, seed)
+            unread = family.unread(component) if component != "unet" else ()
+            self._inject(component, module, seed, unread)
             for name, parameter in module.named_parameters():
                 if f".{ADAPTER}." in name:
                     self.places.append(f"{component}.{name}")
@@ -73,7 +75,8 @@ class Lora(Method):
                     weights.append(parameter)
         self.weights = nn.ParameterList(weights)
 
-    def _inject(self, component: str, module: nn.Module, seed: int) -> None:
+    def _inject(self, component: str, module: nn.Module, seed: int, unread: Sequence[str]) -> None:
+        """Put the adapters in; not where nothing reads what they do, as they would never get a gradient."""
         from peft import LoraConfig, inject_adapter_in_model
 
         presets = TARGETS.get(self.config.targets)
@@ -86,6 +89,7 @@ class Lora(Method):
             lora_alpha=self.alpha,
             target_modules=presets[0 if component == "unet" else 1],
             lora_dropout=self.config.dropout,
+            exclude_modules="|".join(rf"{re.escape(path)}\..*" for path in unread) or None,
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -1,8 +1,8 @@
-"""Textual Inversion: new rows of the text encoder's input embedding, and nothing else (arXiv 2208.01618)."""
+"""Textual Inversion: new rows of the text encoders' input embeddings, and nothing else (arXiv 2208.01618)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,7 +30,7 @@ class Config(Block):
 
 
 class TextualInversion(Method):
-    """The new rows stand beside the frozen table as a parameter of their own; the table has no gradient."""
+    """The new rows stand beside each frozen table as a parameter of their own; no table has a gradient."""
 
     kind: ClassVar[Kind] = "textual_inversion"
     CACHES_TEXT: bool = False
@@ -39,27 +39,34 @@ class TextualInversion(Method):
 
     def __init__(self, config: Config, family: Family, seed: int) -> None:
         super().__init__(config, family, seed)
-        (self.encoder,) = family.text_encoders
-        table = family.embedding(self.encoder).weight
-        start = self._start(config, family)
-        names = [config.token] + [f"{config.token}_{n}" for n in range(1, config.vectors)]
-        ids = family.add_tokens(names)
-        assert ids == list(range(table.shape[0], table.shape[0] + config.vectors)), ids
-        self.names = names
-        self.rows = nn.Parameter(table[start].detach().float().repeat(config.vectors, 1))  # [n, D]
-        self.start = self.rows.detach().clone()
-        self._rows: Tensor | None = None
+        tables = {encoder: family.embedding(encoder).weight for encoder in family.text_encoders}
+        starts = self._starts(config, family)
+        self.names = [config.token] + [f"{config.token}_{n}" for n in range(1, config.vectors)]
+        ids = family.add_tokens(self.names)
+        for encoder, table in tables.items():
+            assert ids[encoder] == list(range(len(table), len(table) + config.vectors)), ids
+        self.rows = nn.ParameterDict(  # by text encoder [n, D]
+            {
+                encoder: nn.Parameter(table[starts[encoder]].detach().float().repeat(config.vectors, 1))
+                for encoder, table in tables.items()
+            }
+        )
+        self.start = {encoder: rows.detach().clone() for encoder, rows in self.rows.items()}
+        self._off = False
 
     @staticmethod
-    def _start(config: Config, family: Family) -> int:
-        """The id of the initial word."""
-        tokens = family.tokenize([config.init])
-        count = int(tokens.ends[0, 0]) - 1
-        if count != 1:
-            raise UserError(
-                f"method.textual_inversion.init: {config.init!r} is {count} tokens of the base, expected one"
-            )
-        return int(tokens.ids[0, 0, 1])
+    def _starts(config: Config, family: Family) -> dict[str, int]:
+        """The id of the initial word for each text encoder."""
+        starts = {}
+        for encoder, tokens in zip(family.text_encoders, family.tokenize([config.init]).each(), strict=True):
+            count = int(tokens.ends[0, 0]) - 1
+            if count != 1:
+                raise UserError(
+                    f"method.textual_inversion.init: {config.init!r} is {count} tokens of the base, "
+                    "expected one"
+                )
+            starts[encoder] = int(tokens.ids[0, 0, 1])
+        return starts
 
     def replacements(self) -> tuple[tuple[str, str], ...]:
         """The token in place of `replace`, and all its rows in place of the token."""
@@ -75,20 +82,23 @@ class TextualInversion(Method):
         return sorted(caption for caption in captions if self.config.token not in caption)
 
     def encode(self, family: Family, tokens: Tokens) -> Text:
-        return family.encode_prompts(tokens, self.rows if self._rows is None else self._rows)
+        rows: Mapping[str, Tensor] = dict(self.rows.items())
+        if self._off:
+            rows = {encoder: start.to(rows[encoder].device) for encoder, start in self.start.items()}
+        return family.encode_prompts(tokens, rows)
 
     @contextmanager
     def off(self, family: Family) -> Iterator[None]:
         """The token reads as the initial word."""
-        self._rows = self.start.to(self.rows.device)
+        self._off = True
         try:
             yield
         finally:
-            self._rows = None
+            self._off = False
 
     def export(self, family: Family, folder: Path, card: Card) -> list[Path]:
-        """One file named for the token, with one tensor [n, D]."""
-        tensors = card.cast(embedding.to_file(self.config.token, self.rows.detach()))
+        """One file named for the token, with one tensor [n, D], or one for each of two text encoders."""
+        tensors = card.cast(embedding.to_file(self.config.token, *self.rows.values()))
         return [
             save(folder / embedding.file_name(self.config.token), tensors, card.header(self.kind, tensors))
         ]

@@ -84,9 +84,10 @@ def _own(scene: Scene, method: Method) -> tuple[Text, Tensor]:
 
 
 def _outputs(scene: Scene, pipe: Any) -> tuple[Text, Tensor]:
-    """The prompts as the pipeline encodes them [2, 77, D], and its prediction [2, C, h, w]."""
-    hidden = pipe.encode_prompt(list(PROMPTS), scene.family.device, 1, False)[0]
-    return Text(hidden), scene.with_denoiser(pipe.unet, Text(hidden))
+    """The prompts as the pipeline's networks encode them [2, 77 W, D], and their prediction [2, C, h, w]."""
+    family = scene.family.around(pipe)
+    text = family.encode_prompts(family.tokenize(PROMPTS).to(family.device))
+    return text, scene.with_denoiser(family.denoiser, text)
 
 
 def _types(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
