@@ -1,4 +1,4 @@
-"""The command line: `tuner train | schema | report`.
+"""The command line: `tuner train | sample | report | push | schema`, on files `inspect | verify ...`.
 
 Exit codes: 0 done, 1 a fault of the program (with its traceback), 2 a mistake of the user's (with its text
 alone), 130 stopped by Ctrl-C. What a command needs is imported when it runs, so that `tuner --help` is quick.
@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from tuner.errors import UserError
+from tuner.generate.asked import sample
 
 app = typer.Typer(
     help="Fine-tunes Stable Diffusion by recipe: ControlNet, Textual Inversion, LoRA.",
@@ -30,6 +31,21 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Replace the recipe's values, as train.steps=100."),
 ]
 Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder a run wrote to.")]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors file.")]
+Out = Annotated[Path, typer.Option("--out", help="What is written.")]
+BaseName = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        help="What it was made for: sd15, sd21, sdxl, embedded, or a diffusers folder; found by itself if it "
+        "is one of the named ones.",
+    ),
+]
+Rank = Annotated[int | None, typer.Option("--rank", help="The rank of every module.")]
+Energy = Annotated[
+    float | None,
+    typer.Option("--energy", help="The least rank of each module that keeps this share, as 0.9."),
+]
 
 
 @app.command()
@@ -58,6 +74,119 @@ def report(output: Output) -> None:
     from tuner import report as page
 
     print(page.write(output))
+
+
+@app.command("inspect")
+def inspect_file(
+    file: File,
+    base: BaseName = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a file is: kind, family, rank, tokens, metadata, and which tools load it."""
+    from tuner.files import account
+
+    told = account.describe(file, base)
+    _tell([json.dumps(told, indent=2)] if as_json else account.lines(told))
+
+
+@app.command()
+def verify(
+    file: File,
+    base: BaseName = None,
+    tool: Annotated[
+        list[str] | None, typer.Option("--tool", help="Ask this tool's rules only; may be repeated.")
+    ] = None,
+) -> None:
+    """Account for every key of a file by each tool's rules; an error if one would load it in part."""
+    from tuner.files import account
+
+    _tell(account.check(file, base, tool or ()))
+
+
+@app.command()
+def convert(
+    file: File,
+    to: Annotated[str, typer.Option("--to", help="kohya, peft, diffusers, comfy, a1111 or cldm.")],
+    out: Out,
+    base: BaseName = None,
+) -> None:
+    """Write a LoRA, word vectors or a ControlNet in another tool's names."""
+    from tuner.files.convert import convert as run
+
+    _tell(run(file, to, out, base))
+
+
+@app.command()
+def merge(
+    lora: Annotated[list[str], typer.Option("--lora", help="FILE or FILE:WEIGHT; may be repeated.")],
+    out: Out,
+    base: BaseName = None,
+    into: Annotated[
+        Path | None,
+        typer.Option("--into", help="A diffusers folder, or a component's, that they are added to."),
+    ] = None,
+) -> None:
+    """Make one LoRA of several, or add adapters to a base's weights."""
+    from tuner.files import merge as merging
+
+    parts = [merging.parse(text) for text in lora]
+    if into is not None and base is not None:
+        raise UserError("--base has no effect beside --into, which is the base")
+    _tell(merging.together(parts, out, base) if into is None else merging.into(parts, into, out))
+
+
+@app.command()
+def resize(file: File, out: Out, rank: Rank = None, energy: Energy = None, base: BaseName = None) -> None:
+    """Write the LoRA of another rank that comes nearest; LoHa, LoKr and differences become LoRA."""
+    from tuner.files.lowrank import Cut
+    from tuner.files.resize import resize as run
+
+    _tell(run(file, Cut(rank, energy), out, base))
+
+
+@app.command()
+def extract(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="A diffusers folder, or a component's.")],
+    tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The same, fine-tuned.")],
+    out: Out,
+    rank: Rank = None,
+    energy: Energy = None,
+) -> None:
+    """Write a LoRA of what full fine-tuning changed."""
+    from tuner.files.extract import extract as run
+    from tuner.files.lowrank import Cut
+
+    _tell(run(base, tuned, Cut(rank, energy), out))
+
+
+@app.command()
+def push(
+    output: Output,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository at the Hub.")],
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            "--licence", "--license", help="Of what was trained, as the Hub calls it: apache-2.0 ..."
+        ),
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    revision: Annotated[str, typer.Option("--revision", help="The branch; made if it is missing.")] = "main",
+    message: Annotated[str | None, typer.Option("--message", help="Of the commit.")] = None,
+    step: Annotated[int | None, typer.Option("--step", help="The exports of this step.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files and print the card.")] = False,
+) -> None:
+    """Upload a finished run's exports to the Hugging Face Hub, with a card that says how to use them."""
+    from tuner.push import Wish
+    from tuner.push import push as upload
+
+    upload(output, Wish(repo, revision, private, licence, message, step), dry_run)
+
+
+app.command("sample")(sample)  # its options are the fields of tuner.generate.asked.Asked
+
+
+def _tell(lines: Sequence[str]) -> None:
+    print("\n".join(lines))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

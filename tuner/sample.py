@@ -159,21 +159,28 @@ class Previews:
 
 
 def sheet(columns: dict[str, list[Picture]], rows: Sequence[str], scale: int = 1) -> Image.Image:
-    """A contact sheet: a column for each name, a row with its prompt above each line of pictures."""
+    """A contact sheet: a column for each name, a row with its prompt above each line of pictures.
+
+    Args:
+        columns: uint8 [H, W, 3] each, all of one size.
+        scale: how often a pixel is repeated in width and height.
+    """
     names, gap, head, line = list(columns), 6, 22, 18
-    side = len(next(iter(columns.values()))[0]) * scale
+    high, wide = (side * scale for side in next(iter(columns.values()))[0].shape[:2])
     font = ImageFont.load_default(13)
-    width = gap + (side + gap) * len(names)
-    image = Image.new("RGB", (width, head + len(rows) * (side + line + gap)), "white")
+    width = gap + (wide + gap) * len(names)
+    image = Image.new("RGB", (width, head + len(rows) * (high + line + gap)), "white")
     draw = ImageDraw.Draw(image)
     for x, name in enumerate(names):
-        draw.text((gap + x * (side + gap), 4), _fitted(name, side, font), "black", font)
+        draw.text((gap + x * (wide + gap), 4), _fitted(name, wide, font), "black", font)
     for y, prompt in enumerate(rows):
-        top = head + y * (side + line + gap)
-        draw.text((gap, top), _fitted(prompt or "(no prompt)", width - 2 * gap, font), "#555555", font)
+        top = head + y * (high + line + gap)
+        # A line break would be drawn over the pictures.
+        shown = _fitted(" ".join(prompt.split()) or "(no prompt)", width - 2 * gap, font)
+        draw.text((gap, top), shown, "#555555", font)
         for x, name in enumerate(names):
-            picture = Image.fromarray(columns[name][y]).resize((side, side), Image.Resampling.NEAREST)
-            image.paste(picture, (gap + x * (side + gap), top + line))
+            picture = Image.fromarray(columns[name][y]).resize((wide, high), Image.Resampling.NEAREST)
+            image.paste(picture, (gap + x * (wide + gap), top + line))
     return image
 
 

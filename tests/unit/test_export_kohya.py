@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -37,10 +39,62 @@ def test_names(path: str, name: str) -> None:
     assert kohya.kohya_name(path) == name
 
 
-def test_other_prefixes_can_be_given() -> None:
-    sdxl = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-    assert kohya.kohya_name(TEXT, sdxl) == "lora_te1_text_model_encoder_layers_3_self_attn_q_proj"
-    assert kohya.kohya_name("text_encoder_2.text_projection", sdxl) == "lora_te2_text_projection"
+XL_UNET: dict[str, Any] = {  # what decides the names, of SDXL as published
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "addition_embed_type": "text_time",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (
+            "text_encoder.encoder.layers.3.self_attn.q_proj",
+            "te1_text_model_encoder_layers_3_self_attn_q_proj",
+        ),
+        ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1", "te2_text_model_encoder_layers_0_mlp_fc1"),
+        ("text_encoder_2.text_projection", "te2_text_projection"),
+        (
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+            "unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        ),
+        ("unet.down_blocks.1.resnets.0.conv_shortcut", "unet_input_blocks_4_0_skip_connection"),
+        ("unet.down_blocks.0.downsamplers.0.conv", "unet_input_blocks_3_0_op"),
+        ("unet.mid_block.attentions.0.proj_in", "unet_middle_block_1_proj_in"),
+        ("unet.mid_block.resnets.1.conv2", "unet_middle_block_2_out_layers_3"),
+        (
+            "unet.up_blocks.0.attentions.2.transformer_blocks.9.attn2.to_out.0",
+            "unet_output_blocks_2_1_transformer_blocks_9_attn2_to_out_0",
+        ),
+        ("unet.up_blocks.0.upsamplers.0.conv", "unet_output_blocks_2_2_conv"),
+        ("unet.up_blocks.2.resnets.0.time_emb_proj", "unet_output_blocks_6_0_emb_layers_1"),
+        ("unet.conv_in", "unet_input_blocks_0_0"),
+        ("unet.conv_out", "unet_out_2"),
+        ("unet.time_embedding.linear_2", "unet_time_embed_2"),
+        ("unet.add_embedding.linear_1", "unet_label_emb_0_0"),
+    ],
+)
+def test_names_of_sdxl_are_those_of_the_original_code(path: str, name: str) -> None:
+    names = kohya.naming("sdxl", XL_UNET)
+    assert kohya.kohya_name(path, names) == f"lora_{name}"
+    modules = {path: module(4, 2.0)}
+    tensors = kohya.to_kohya(modules, names)
+    assert {key.partition(".")[0] for key in tensors} == {f"lora_{name}"}
+    back = kohya.from_kohya(tensors, [path, "unet.up_blocks.1.attentions.0.proj_in"], names)[path]
+    assert torch.equal(back.down, modules[path].down) and torch.equal(back.up, modules[path].up)
+    assert back.scale == 2.0
+
+
+def test_sd2_has_the_names_of_sd1() -> None:
+    assert kohya.naming("sd2", XL_UNET) == kohya.naming("sd1", XL_UNET) == kohya.SD1
+
+
+def test_what_the_original_code_has_no_place_for_is_told() -> None:
+    with pytest.raises(LoraError, match="unet.class_embedding: the original layout has no place"):
+        kohya.kohya_name("unet.class_embedding", kohya.naming("sdxl", XL_UNET))
 
 
 @pytest.mark.parametrize("path", ["unet", "vae.conv_in", "down_blocks.0"])

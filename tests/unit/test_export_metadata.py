@@ -117,6 +117,57 @@ def test_other_kinds(kind: metadata.Kind, architecture: str) -> None:
     assert not any(key.startswith("ss_") for key in found)
 
 
+@pytest.mark.parametrize(
+    ("family", "prediction", "architecture", "version", "v2"),
+    [
+        ("sd1", "epsilon", "stable-diffusion-v1", "sd_v1", "False"),
+        ("sd1", "v_prediction", "stable-diffusion-v1", "sd_v1_v", "False"),
+        ("sd2", "epsilon", "stable-diffusion-v2-512", "sd_v2", "True"),
+        ("sd2", "v_prediction", "stable-diffusion-v2-768-v", "sd_v2_v", "True"),
+        ("sdxl", "epsilon", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "False"),
+        ("sdxl", "v_prediction", "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "False"),
+    ],
+)
+def test_families(family: str, prediction: str, architecture: str, version: str, v2: str) -> None:
+    extra = {**LORA, "family": family, "prediction_type": prediction}
+    found = built(a_recipe(Path("/somewhere"), "out"), extra=extra)
+    assert found["modelspec.architecture"] == f"{architecture}/lora"
+    assert (found["ss_base_model_version"], found["ss_v2"]) == (version, v2)
+    assert found["modelspec.prediction_type"] == ("v" if prediction == "v_prediction" else "epsilon")
+    # By these Forge and A1111 tell the version: "sdxl_...", else ss_v2, else modelspec's v1.
+    assert version.startswith("sdxl_") == (family == "sdxl") and (v2 == "True") == (family == "sd2")
+
+
+def test_what_is_told_only_if_it_is_known() -> None:
+    more = {"licence": "CC0-1.0", "clip_skip": 2, "algorithm": "lokr", "tag_frequency": {"red": 3}}
+    found = built(a_recipe(Path("/somewhere"), "out"), extra={**LORA, **more})
+    own = {key: found[key] for key in found.keys() - built(a_recipe(Path("/somewhere"), "out")).keys()}
+    assert own == {
+        "modelspec.license": "CC0-1.0",
+        "modelspec.encoder_layer": "2",
+        "ss_clip_skip": "2",
+        "ss_network_args": '{"algo": "lokr"}',
+        "ss_tag_frequency": '{"sketch": {"red": 3}}',
+    }
+    assert found["ss_network_module"] == "lycoris.kohya"
+    assert (
+        built(a_recipe(Path("/s"), "o"), extra={**LORA, "algorithm": "dora"})["ss_network_module"]
+        == "networks.lora"
+    )
+
+
+def test_metadata_of_a_file_made_of_another() -> None:
+    tensors = {"a": torch.ones(2)}
+    old = metadata.with_hash({"x": "1", "y": "2", "format": "pt"}, {"a": torch.zeros(2)})
+    new = metadata.derived(old, tensors, {"y": None, "z": "3"})
+    assert new == {
+        "format": "pt",
+        "modelspec.hash_sha256": "0x" + files.data_digest(tensors),
+        "x": "1",
+        "z": "3",
+    }
+
+
 def test_faults_are_named() -> None:
     recipe = a_recipe(Path("/somewhere"), "out")
     with pytest.raises(metadata.MetadataError, match="unknown metadata autor"):
@@ -125,6 +176,19 @@ def test_faults_are_named() -> None:
         built(recipe, extra={**LORA, "family": "sd9"})
     with pytest.raises(metadata.MetadataError, match="rank and alpha"):
         built(recipe, extra={"rank": 4})
+    with pytest.raises(metadata.MetadataError, match="unknown algorithm 'lohr'; known are lora, dora"):
+        built(recipe, extra={**LORA, "algorithm": "lohr"})
+    with pytest.raises(metadata.MetadataError, match="algorithm, alpha: the metadata of a full has no place"):
+        metadata.build(
+            "full",
+            name="x",
+            recipe_text="{}",
+            versions={},
+            base_name="x",
+            base_digest="b",
+            data_digests={},
+            extra={"alpha": 1.0, "algorithm": "lora"},
+        )
 
 
 def test_relative_paths_that_exist_are_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -285,7 +285,7 @@ def test_a_lora_that_diffusers_cannot_load_is_an_error(
 ) -> None:
     case = export("lora")
     monkeypatch.setattr(lora_check, "same_keys", lambda *_: 1)
-    monkeypatch.setattr(lora_check, "from_kohya", lambda _, trained: trained)
+    monkeypatch.setattr(lora_check, "from_kohya", lambda _, trained, *__: trained)
     case.damage("case.safetensors", rename(f"{LAYER}q.lora_up.weight", "nonsense"))
     with pytest.raises(VerifyError, match="does not load in diffusers"):
         case.check()

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+import safetensors
+import torch
 from torch import Tensor
 
 from tuner.errors import UserError
+from tuner.export import files
+
+BUNDLED = "bundle_emb"
+"""How the keys of vectors begin that lie in a LoRA's file."""
+
+FOLDER = "bundle"
+"""Where such a file lies: not beside the others, as diffusers refuses it."""
 
 BOTH = ("clip_l", "clip_g")
 """The keys of a base with two text encoders, SDXL's first and second."""
 
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _STEM = re.compile(r"\w[\w.+-]*")  # one word in a prompt, and a file name on every system
 
 
@@ -51,3 +63,75 @@ def file_name(token: str) -> str:
             "'-', with or without <> around it"
         )
     return f"{stem}.safetensors"
+
+
+def from_file(path: Path, widths: Sequence[int]) -> list[Tensor]:
+    """The vectors [n, dim] in a file, for each text encoder of a base those that are as wide as it.
+
+    A base with one text encoder takes a file of one tensor, whatever its key (ours, kohya's `emb_params`, one
+    that was saved by diffusers); [dim] is taken for one vector. With two text encoders the keys are BOTH.
+
+    Args:
+        widths: of the text encoders' vectors, in their order.
+
+    Raises:
+        TokenError: the file is missing, a pickle (A1111's .pt), damaged, or holds other tensors.
+    """
+    if path.suffix in _PICKLES:
+        raise TokenError(
+            f"{path}: a pickle, which can run any code when it is read; expected a .safetensors file "
+            "(the web UIs and diffusers can save one)"
+        )
+    if not path.is_file():
+        raise TokenError(f"{path}: no such file")
+    try:
+        tensors, _ = files.load(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TokenError(f"{path}: not a whole .safetensors file: {error}") from error
+    keys = list(tensors) if len(widths) == 1 else list(BOTH)
+    if len(tensors) != len(widths) or set(keys) != tensors.keys():
+        wanted = "one tensor" if len(widths) == 1 else " and ".join(BOTH)
+        raise TokenError(f"{path}: holds {', '.join(tensors) or 'no tensor'}; expected {wanted}")
+    tables = []
+    for key, width in zip(keys, widths, strict=True):
+        table = tensors[key].float()
+        table = table[None] if table.ndim == 1 else table
+        if table.ndim != 2 or table.shape[1] != width or not bool(torch.isfinite(table).all()):
+            raise TokenError(
+                f"{path}: {key} is {list(tensors[key].shape)}; expected finite vectors [n, {width}]"
+            )
+        tables.append(table)
+    if len({len(table) for table in tables}) != 1:
+        raise TokenError(f"{path}: {' and '.join(BOTH)} have different numbers of vectors")
+    return tables
+
+
+def bundle(adapter: Mapping[str, Tensor], words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """A LoRA's tensors and the vectors of words in one file, as A1111, Forge and ComfyUI read it.
+
+    A word's tensor becomes `bundle_emb.NAME.string_to_param.*`, of a base with two text encoders
+    `bundle_emb.NAME.clip_l` and `.clip_g` (A1111: extensions-builtin/Lora/networks.py; ComfyUI:
+    comfy/sd1_clip.py, bundled_embed). diffusers refuses a file with these keys.
+
+    Args:
+        adapter: in the names that those tools read.
+        words: what `to_file` gave, by the name of the word's file without its ending.
+
+    Raises:
+        TokenError: a name with a dot, which these keys have no place for.
+    """
+    made = dict(adapter)
+    check_bundle(words)
+    for name, tensors in words.items():
+        for key, table in tensors.items():
+            inner = key if key in BOTH and len(tensors) == len(BOTH) else "string_to_param.*"
+            made[f"{BUNDLED}.{name}.{inner}"] = table
+    assert len(made) == len(adapter) + sum(map(len, words.values()))
+    return made
+
+
+def check_bundle(names: Iterable[str]) -> None:
+    """Raises TokenError for a word's name that the keys of a bundle have no place for: one with a dot."""
+    for name in names:
+        if "." in name:
+            raise TokenError(f"token {name}: a dot cannot stand in the name of a word that lies in a bundle")

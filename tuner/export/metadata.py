@@ -30,7 +30,20 @@ _SUFFIXES: Mapping[Kind, str] = {
     "full": "",
 }
 _EXPLICIT = re.compile(r"/|[A-Za-z]:/|\.{1,2}(/|$)|~[^/]*(/|$)")
-_EXTRA = ("family", "resolution", "prediction_type", "trigger_phrase", "rank", "alpha")
+_EXTRA = (
+    "family",
+    "resolution",
+    "prediction_type",
+    "trigger_phrase",
+    "licence",
+    "clip_skip",
+    "rank",
+    "alpha",
+    "algorithm",
+    "tag_frequency",
+)
+_LORA_ONLY = ("rank", "alpha", "algorithm", "tag_frequency")
+ALGORITHMS = ("lora", "dora", "loha", "lokr")
 
 
 class Labels(NamedTuple):
@@ -41,7 +54,14 @@ class Labels(NamedTuple):
     v2: str  # ss_v2
 
 
-FAMILIES: Mapping[str, Labels] = {"sd1": Labels("stable-diffusion-v1", "sd_v1", "False")}
+# With what the base predicts, where the names depend on it. sd-scripts: library/sai_model_spec.py.
+FAMILIES: Mapping[str, Labels] = {
+    "sd1": Labels("stable-diffusion-v1", "sd_v1", "False"),
+    "sd1 v": Labels("stable-diffusion-v1", "sd_v1_v", "False"),
+    "sd2": Labels("stable-diffusion-v2-512", "sd_v2", "True"),
+    "sd2 v": Labels("stable-diffusion-v2-768-v", "sd_v2_v", "True"),
+    "sdxl": Labels("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "False"),
+}
 
 
 class MetadataError(UserError):
@@ -61,22 +81,24 @@ def build(
 ) -> dict[str, str]:
     """The header's metadata of one exported file; strings by key, sorted.
 
-    `recipe_text` comes from `recipe_text` below, so that it is scrubbed. `extra` may hold `family` ("sd1"),
-    `resolution` (pixels, one number or (width, height)), `prediction_type` ("epsilon", "v_prediction"),
-    `trigger_phrase` (text), and for a LoRA `rank` and `alpha`, as the file's tensors have them.
+    `recipe_text` comes from `recipe_text` below, so that it is scrubbed. `extra` may hold `family` ("sd1",
+    "sd2", "sdxl"), `resolution` (pixels, one number or (width, height)), `prediction_type` ("epsilon",
+    "v_prediction"), `trigger_phrase` and `licence` (texts), `clip_skip` (which layer of the text encoder is
+    read, 1 the last), and for a LoRA `rank` and `alpha`, as the file's tensors have them, `algorithm` (lora,
+    dora, loha, lokr) and `tag_frequency` (captions' tags -> how often; tells of the data).
 
     Raises:
         MetadataError: an unknown key in extra, an unknown family, or a LoRA without rank and alpha.
     """
     if unknown := sorted(set(extra) - set(_EXTRA)):
         raise MetadataError(f"unknown metadata {', '.join(unknown)}; known are {', '.join(_EXTRA)}")
-    family = extra.get("family", "sd1")
-    if family not in FAMILIES:
-        raise MetadataError(f"unknown family {family!r}; known are {', '.join(sorted(FAMILIES))}")
+    if kind != "lora" and (useless := sorted(set(extra) & set(_LORA_ONLY))):
+        raise MetadataError(f"{', '.join(useless)}: the metadata of a {kind} has no place for it")
+    labels = labels_of(extra.get("family", "sd1"), extra.get("prediction_type"))
     keys = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": FAMILIES[family].architecture + _SUFFIXES[kind],
+        "modelspec.architecture": labels.architecture + _SUFFIXES[kind],
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "tuner.recipe": recipe_text,
@@ -86,8 +108,29 @@ def build(
     }
     keys |= _modelspec(extra)
     if kind == "lora":
-        keys |= _kohya(name, FAMILIES[family], extra)
+        keys |= _kohya(name, labels, extra)
     return dict(sorted(keys.items()))
+
+
+def labels_of(family: str, prediction: str | None) -> Labels:
+    """How the tools name a family whose base predicts `prediction`.
+
+    Raises:
+        MetadataError: an unknown family.
+    """
+    known = sorted(name for name in FAMILIES if " " not in name)
+    if family not in known:
+        raise MetadataError(f"unknown family {family!r}; known are {', '.join(known)}")
+    own = f"{family} v" if str(prediction).startswith("v") else family
+    return FAMILIES.get(own, FAMILIES[family])
+
+
+def derived(
+    metadata: Mapping[str, str], tensors: Mapping[str, Tensor], changes: Mapping[str, str | None]
+) -> dict[str, str]:
+    """The metadata of a file made of another: the other's, what is new (None: left out), and its own hash."""
+    kept = {"format": "pt", **metadata, **changes}
+    return with_hash({key: value for key, value in kept.items() if value is not None}, tensors)
 
 
 def with_hash(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -153,8 +196,13 @@ def _modelspec(extra: Mapping[str, Any]) -> dict[str, str]:
     if "prediction_type" in extra:
         # The specification writes "v" where diffusers writes "v_prediction".
         keys["modelspec.prediction_type"] = str(extra["prediction_type"]).removesuffix("_prediction")
-    if "trigger_phrase" in extra:
-        keys["modelspec.trigger_phrase"] = str(extra["trigger_phrase"])
+    for key, name in (
+        ("trigger_phrase", "trigger_phrase"),
+        ("licence", "license"),
+        ("clip_skip", "encoder_layer"),
+    ):
+        if key in extra:
+            keys[f"modelspec.{name}"] = str(extra[key])
     return keys
 
 
@@ -162,14 +210,26 @@ def _kohya(name: str, labels: Labels, extra: Mapping[str, Any]) -> dict[str, str
     """The keys by which A1111, Forge and kohya recognise a LoRA and its base (weights load without)."""
     if "rank" not in extra or "alpha" not in extra:
         raise MetadataError("a LoRA's metadata needs its rank and alpha")
-    return {
+    algorithm = extra.get("algorithm", "lora")
+    if algorithm not in ALGORITHMS:
+        raise MetadataError(f"unknown algorithm {algorithm!r}; known are {', '.join(ALGORITHMS)}")
+    plain = algorithm in ("lora", "dora")
+    keys = {
         "ss_base_model_version": labels.base_version,
         "ss_v2": labels.v2,
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
         "ss_network_dim": str(int(extra["rank"])),
         "ss_network_alpha": str(float(extra["alpha"])),
         "ss_output_name": name,
     }
+    if not plain:
+        keys["ss_network_args"] = _json({"algo": algorithm})
+    if "clip_skip" in extra:
+        keys["ss_clip_skip"] = str(int(extra["clip_skip"]))
+    if "tag_frequency" in extra:
+        # By data set, as the web UIs read it; theirs have a folder's name there.
+        keys["ss_tag_frequency"] = _json({name: dict(extra["tag_frequency"])})
+    return keys
 
 
 def _json(value: Mapping[str, Any]) -> str:

@@ -38,8 +38,13 @@ class Base(NamedTuple):
 
     name: str  # as users call it
     family: str  # sd1, sd2, sdxl
-    unet: Config  # the UNet's configuration
+    configs: Mapping[str, Config]  # by component
     tensors: Mapping[str, Shapes]  # by component: names of the state dict -> shapes
+
+    @property
+    def unet(self) -> Config:
+        """The UNet's configuration."""
+        return self.configs["unet"]
 
     def layers(self) -> Shapes:
         """Paths of all modules with a weight, their component first -> the weight's shape."""
@@ -65,7 +70,7 @@ def base(name: str, configs: Mapping[str, Config]) -> Base:
         raise ConfigError(f"{name}: there is no unet/config.json")
     tables = {"unet": unet_tensors(configs["unet"])}
     tables |= {part: text_tensors(configs[part]) for part in COMPONENTS[1:] if part in configs}
-    return Base(name, family_of(configs["unet"]), configs["unet"], tables)
+    return Base(name, family_of(configs["unet"]), configs, tables)
 
 
 def family_of(unet: Config) -> str:

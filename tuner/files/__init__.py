@@ -1,0 +1,1 @@
+"""What the command line does with adapter files and base folders: look, check, convert, merge, shrink."""

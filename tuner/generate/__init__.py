@@ -1,0 +1,1 @@
+"""`tuner sample`: pictures from a base with any adapters. make.py is the story."""
