@@ -12,22 +12,23 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
-from tuner import __version__, base, device, loop
+from tuner import __version__, base, device, loop, prior
 from tuner.data import assemble
 from tuner.data.cache import Hashes, default_folder
 from tuner.data.captions import CaptionRule
 from tuner.data.loader import Division, Feed
 from tuner.data.noise import Draws
-from tuner.data.plan import Plan
+from tuner.data.plan import Beside, Plan
 from tuner.data.sources import Sample
 from tuner.errors import UserError
 from tuner.evaluate.measures import measured
-from tuner.export import metadata
+from tuner.export import embedding, metadata
 from tuner.family import Family, Options
 from tuner.method import Card, Method
 from tuner.objective import Objective
 from tuner.progress import say
 from tuner.recipe import Recipe, micro_batch
+from tuner.sample import Sampler
 from tuner.task import Task
 
 VERSIONS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
@@ -51,24 +52,21 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
     _check_uses(recipe, methods)
     loop.build_optimiser(methods, recipe.train)  # now, because a mistake is told before anything is written
 
-    places = [(source.path, source.repeats) for source in recipe.data.source]
-    samples, times = assemble.read_sources(places, accelerator.is_main_process, accelerator.wait_for_everyone)
-    plan = Plan(times, recipe.train.batch_size, seed)
+    objective = _objective(recipe, family)
+    task = Task(family, methods, objective).to(accelerator.device)
     wanted = _wanted(recipe, methods, accelerator)
-    _check_captions(methods, samples, wanted.captions)
+    samples, plan = _samples(recipe, task, wanted, accelerator)
     data = assemble.feed(samples, wanted, family, hashes)
     heldout = _heldout(recipe, wanted, accelerator, family, hashes)
-
-    try:
-        objective = Objective.from_scheduler_config(family.scheduler_config, **recipe.objective.options())
-    except ValueError as error:
-        raise UserError(f"objective: {error}") from error
-    family.scheduler_config = objective.sampling(family.scheduler_config)
-    task = Task(family, methods, objective).to(accelerator.device)
     if accelerator.mixed_precision != "no":
-        family.cast(device.DTYPES[accelerator.mixed_precision], task.trained())
+        # All of a network of which a part is trained stays in float32.
+        family.cast(device.DTYPES[accelerator.mixed_precision], task.parameters())
     steps = recipe.train.steps or (recipe.train.epochs or 0) * plan.steps_per_epoch
-    digests = {"base": family.digests, "data": assemble.digest(samples, hashes)}
+    digests: dict[str, Any] = {"base": family.digests, "data": assemble.digest(samples, hashes)}
+    begins = {key: path for method in methods for key, path in method.depends().items()}
+    if begins:
+        found = hashes.of(begins.values())
+        digests["start"] = {key: found[path] for key, path in begins.items()}
     fingerprint = {
         "recipe": recipe.decisive(),
         # Other names than the recipe's own keys, among which these stand in a checkpoint.
@@ -95,6 +93,36 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
     )
 
 
+def _objective(recipe: Recipe, family: Family) -> Objective:
+    """The objective; the family's scheduler configuration becomes the one that its pictures are drawn by."""
+    try:
+        objective = Objective.from_scheduler_config(family.scheduler_config, **recipe.objective.options())
+    except ValueError as error:
+        raise UserError(f"objective: {error}") from error
+    family.scheduler_config = objective.sampling(family.scheduler_config)
+    return objective
+
+
+def _samples(
+    recipe: Recipe, task: Task, wanted: assemble.Wanted, accelerator: Accelerator
+) -> tuple[list[Sample], Plan]:
+    """All that is trained on, class pictures last, and when; class pictures are drawn where they lack."""
+    places = [(source.path, source.repeats) for source in recipe.data.source]
+    samples, times = assemble.read_sources(places, accelerator.is_main_process, accelerator.wait_for_everyone)
+    about = next((method.prior for method in task.each() if method.prior is not None), None)
+    classes: list[Sample] = []
+    if about is not None:
+        sampler = Sampler(task, accelerator, wanted.size, about.steps, about.guidance, seed=wanted.seed)
+        classes = prior.samples(about, sampler, wanted.cache)
+    beside = None if about is None else Beside(len(samples), len(classes), about.weight)
+    plan = Plan(times, recipe.train.batch_size, recipe.train.seed, beside)
+    _check_captions(task.each(), samples, wanted.captions)
+    if about is not None:  # last, as it takes long
+        prior.draw(about, sampler, classes)
+        accelerator.wait_for_everyone()
+    return samples + classes, plan
+
+
 def _announce(
     recipe: Recipe, family: Family, task: Task, plan: Plan, steps: int, accelerator: Accelerator
 ) -> None:
@@ -103,9 +131,10 @@ def _announce(
     if accelerator.device.type == "cpu":
         where += f" ({torch.get_num_threads()} threads)"
     trained = sum(parameter.numel() for parameter in task.trained())
+    besides = "" if plan.beside is None else f" and {plan.beside.number} class pictures beside"
     say(
         f"{recipe.name}: {' + '.join(recipe.method)} on {family.title} ({_kind(family, task)}), "
-        f"{len(plan.entries)} samples an epoch, {steps} steps of {plan.batch_size} pictures "
+        f"{len(plan.entries)} samples an epoch{besides}, {steps} steps of {plan.batch_size} pictures "
         f"({steps / plan.steps_per_epoch:.3g} epochs), {trained:,} trained numbers, "
         f"{accelerator.mixed_precision.replace('no', 'fp32')}, {where}"
     )
@@ -185,6 +214,15 @@ def _check_uses(recipe: Recipe, methods: list[Method]) -> None:
             problems.append(f"base.{key}: method {names} reads no prompt for a denoiser, so it has no effect")
     if not reads and recipe.data.captions != type(recipe.data.captions)():
         problems.append(f"data.captions: method {names} reads no captions, so these keys have no effect")
+    if recipe.data.captions.templates and any(method.templates() for method in methods):
+        problems.append("data.captions.templates: found together with the method's templates; give one")
+    if recipe.train.optimiser.name.lower().endswith("schedulefree") and any(m.SETTLES for m in methods):
+        problems.append(
+            f"train.optimiser: {recipe.train.optimiser.name} has weights of its own beside the trained ones, "
+            f"which method {names} could not keep in place (norm: kept)"
+        )
+    if {"lora", "textual_inversion"} <= recipe.method.keys():  # they are exported in one file, too
+        embedding.check_bundle(word.token for word in cast(Any, recipe.method["textual_inversion"]).words())
     if recipe.evaluate.samples and not (pictures and measured(list(recipe.method))):
         problems.append(f"evaluate.samples: there are no measures for method {names}; set 0")
     if problems:
@@ -205,7 +243,7 @@ def _wanted(recipe: Recipe, methods: list[Method], accelerator: Accelerator) -> 
     kinds = [kind for kind in (method.condition for method in methods) if kind is not None]
     captions = CaptionRule(
         about.choose,
-        tuple(about.templates),
+        tuple(about.templates) or tuple(line for method in methods for line in method.templates()),
         about.prefix,
         min(drops) if about.drop is None else about.drop,
         tuple(pair for method in methods for pair in method.replacements()),

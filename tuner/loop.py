@@ -106,6 +106,7 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
             progress.update(done, meter.last, run.plan.batch_size)
             if looks(run, done):
                 with nullcontext() if ema is None else ema.swap(), averaging.swap():
+                    _settle(run, ema, averaging)
                     _look(run, log, previews, done)
             if stopping or done == run.steps or due(done, recipe.checkpoint.every):
                 meter.flush(progress.images_per_second)
@@ -117,7 +118,15 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
     if ema is not None:
         ema.keep()
     averaging.keep()
+    _settle(run, ema, averaging)
     return True
+
+
+def _settle(run: Run, ema: Ema | None, averaging: optimiser.Averaging) -> None:
+    """Averages of weights, where there are some, are put where the weights have to stay, too."""
+    if ema is not None or averaging.kept:
+        for method in run.methods:
+            method.after_update()
 
 
 def build_optimiser(methods: Sequence[Method], recipe: Train) -> torch.optim.Optimizer:
@@ -147,10 +156,15 @@ def _step(
             # DDP takes the mean over processes; the loss is this process's part of the mean over the batch.
             accelerator.backward(loss * run.division.processes)
         total += loss.detach()
+    for method in run.methods:
+        method.before_update(step)
     if run.recipe.train.clip is not None:
         figures["gradient_norm"] = accelerator.clip_grad_norm_(run.task.trained(), run.recipe.train.clip)
     prepared.step()
     prepared.zero_grad()
+    for method in run.methods:
+        method.after_update()
+        figures |= method.figures()
     return total, figures
 
 
@@ -186,8 +200,7 @@ def _look(run: Run, log: Log, previews: sample.Previews | None, done: int) -> No
             if figures:
                 log.scalars(done, figures)
         if "export" in wanted:
-            for method in run.methods:
-                method.export(run.family, run.output / "export" / f"step-{done}", run.card)
+            run.task.export(run.output / "export" / f"step-{done}", run.card)
     run.accelerator.wait_for_everyone()
 
 

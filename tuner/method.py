@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from tuner.batch import Batch
+from tuner.block import Block
 from tuner.export.metadata import Kind, with_hash
 from tuner.family import Cond, Family
 from tuner.text import Text, Tokens
@@ -38,6 +40,23 @@ class Card:
         return with_hash(self.metadata[kind], tensors) if kind in self.metadata else {}
 
 
+class Prior(Block):
+    """Class pictures, which are half of every batch; see tuner/prior.py."""
+
+    prompt: str = Field(description="what they show, and their caption: a photo of a dog", min_length=1)
+    source: str | None = Field(
+        None, min_length=1, description="a folder of them; null: the base draws them before the training"
+    )
+    weight: float = Field(1.0, gt=0, description="weight of their loss beside that of the other pictures")
+    count: int = Field(200, ge=1, description="how many the base draws")
+    steps: int = Field(30, ge=1, description="sampling steps of each")
+    guidance: float = Field(5.0, ge=0, description="scale of classifier-free guidance; 1 is none")
+
+    def unused(self) -> dict[str, str]:
+        keys = ("count", "steps", "guidance") if self.source is not None else ()
+        return dict.fromkeys(keys, "the pictures of source are taken")
+
+
 class Method(nn.Module):
     """A way to adapt a base. Its parameters with requires_grad are exactly what is trained.
 
@@ -49,6 +68,7 @@ class Method(nn.Module):
         DROP_CAPTIONS: the default share of captions replaced by the empty one.
         WHOLE_STEP: the method replaces the diffusion step by its own `loss`.
         CACHES_LATENTS, CACHES_TEXT: the frozen encoders' outputs do not change while it trains.
+        SETTLES: `after_update` moves what was trained.
     """
 
     kind: ClassVar[Kind]
@@ -59,6 +79,7 @@ class Method(nn.Module):
     WHOLE_STEP: ClassVar[bool] = False
     CACHES_LATENTS: ClassVar[bool] = True
     CACHES_TEXT: bool = True  # of an instance, as a configuration may decide it
+    SETTLES: bool = False  # so is this
 
     def __init__(self, config: Any, family: Family, seed: int) -> None:
         """Build what is trained, from `seed` alone.
@@ -70,13 +91,22 @@ class Method(nn.Module):
         self.config = config
 
     def encode(self, family: Family, tokens: Tokens) -> Text:
-        """Captions as the adapted base reads them; the frozen text encoder's output here."""
-        with torch.no_grad():
-            return family.encode_prompts(tokens)
+        """Captions as the base adapted by this method alone reads them; Task.encode has all methods."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.CACHES_TEXT):
+            return family.encode_prompts(tokens, self.new_rows() or None)
+
+    def new_rows(self) -> Mapping[str, Tensor]:
+        """The vectors [n, D] of words that the method added to the tokenisers, by text encoder."""
+        return {}
 
     @property
     def condition(self) -> str | None:
         """The kind of condition picture that the method looks at; None for none."""
+        return None
+
+    @property
+    def prior(self) -> Prior | None:
+        """Class pictures that are trained on beside the data."""
         return None
 
     def labels(self) -> dict[str, Any]:
@@ -119,6 +149,23 @@ class Method(nn.Module):
         """Dropout and the like, on for training, off for looking."""
         self.train(on)
 
+    def before_update(self, step: int) -> None:
+        """Change the gradients of optimiser step `step`, counted from 0, before they are clipped and used."""
+
+    def after_update(self) -> None:
+        """Put what was trained where it has to stay; the last part of each optimiser step.
+
+        Called, too, on averages of weights (`train.ema`) before they are looked at or kept.
+        """
+
+    def figures(self) -> dict[str, Tensor]:
+        """Scalars to log after an optimiser step; left on the device."""
+        return {}
+
+    def depends(self) -> dict[str, Path]:
+        """Files besides the base and the data that the method starts from, by the recipe's key."""
+        return {}
+
     @contextmanager
     def off(self, family: Family) -> Iterator[None]:
         """Within it the base works as if the method were not there."""
@@ -132,8 +179,16 @@ class Method(nn.Module):
         """Write what was trained in every tool's format; each file appears whole. Returns the files."""
         raise AssertionError("every method exports")
 
+    def retold(self, path: Path, card: Card) -> Mapping[str, str | None]:
+        """What the metadata of an exported file says otherwise than the card; None: what it leaves out."""
+        return {}
+
     def replacements(self) -> tuple[tuple[str, str], ...]:
         """Words in captions and prompts that the method puts others in place of, in this order."""
+        return ()
+
+    def templates(self) -> tuple[str, ...]:
+        """Sentences with one {} each, where a sample's caption is put in; none: the caption as it is."""
         return ()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tuner import build, checkpoint, device, loop, report, resume, sample, verify
 from tuner.errors import UserError
-from tuner.evaluate.measures import Look, measure
+from tuner.evaluate.measures import Look, measure, weights
 from tuner.export.files import write_whole
 from tuner.log import FILE as METRICS
 from tuner.log import FINISHED, Log
@@ -81,6 +81,8 @@ def _finish(run: loop.Run, log: Log) -> None:
         say(f"verified: {line}")
         if (run.steps, f"verified: {line}") not in told:
             log.event(run.steps, f"verified: {line}")
+    for name, values in weights(run.task, list(run.recipe.method)).items():
+        log.measures(name, values)
     about = run.recipe.evaluate
     if about.samples and run.heldout is not None:
         sampler = sample.Sampler(
@@ -96,6 +98,4 @@ def _finish(run: loop.Run, log: Log) -> None:
 
 def export(run: loop.Run) -> list[Path]:
     """Write OUTPUT/export/ with every method's files."""
-    folder = run.output / "export"
-    folder.mkdir(parents=True, exist_ok=True)
-    return [path for method in run.methods for path in method.export(run.family, folder, run.card)]
+    return run.task.export(run.output / "export", run.card)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from tuner.batch import Batch
+from tuner.export import embedding, files
+from tuner.export.metadata import with_hash
 from tuner.family import Cond, Family
-from tuner.method import Method
+from tuner.method import Card, Method
 from tuner.objective import Objective
 from tuner.text import Text, Tokens
 
@@ -106,19 +109,38 @@ class Task(nn.Module):
         return self.encode(batch.tokens)
 
     def encode(self, tokens: Tokens) -> Text:
-        """Captions as the adapted base reads them."""
-        return self._chosen("encode").encode(self.family, tokens)
+        """Captions as the adapted base reads them: with the new words and the adapters of all methods."""
+        methods = self.each()
+        rows = {encoder: table for method in methods for encoder, table in method.new_rows().items()}
+        learns = not all(method.CACHES_TEXT for method in methods)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            return self.family.encode_prompts(tokens, rows or None)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch) -> Tensor:
-        return self._chosen("predict").predict(self.family, x_t, t, cond, batch)
+        """By the one method that has its own way of it; adapters sit in the denoiser itself."""
+        own = [method for method in self.each() if type(method).predict is not Method.predict]
+        assert len(own) <= 1, "methods with their own way to predict do not combine"
+        return (own or self.each())[0].predict(self.family, x_t, t, cond, batch)
 
     def _main(self) -> Method:
         return self.each()[0]
 
-    def _chosen(self, step: str) -> Method:
-        """The method that has its own way of a step, else the first."""
-        own = [m for m in self.each() if getattr(type(m), step) is not getattr(Method, step)]
-        return own[0] if own else self._main()
+    def export(self, folder: Path, card: Card) -> list[Path]:
+        """Write every method's files, and words that were trained with a LoRA into one file with it besides.
+
+        That file is `bundle/NAME.safetensors`: not beside the others, as diffusers refuses it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        written = {method.kind: method.export(self.family, folder, card) for method in self.each()}
+        every = [path for paths in written.values() for path in paths]
+        if {"lora", "textual_inversion"} <= written.keys():
+            name = f"{card.name}.safetensors"
+            adapter, told = files.load([path for path in written["lora"] if path.name == name][-1])
+            words = {path.stem: files.load(path)[0] for path in written["textual_inversion"]}
+            tensors = embedding.bundle(adapter, words)
+            header = with_hash(told, tensors) if told else {}
+            every.append(files.save(folder / embedding.FOLDER / name, tensors, header))
+        return every
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Tensor:

@@ -53,7 +53,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return "-".join([self.method, *(k for k, v in self.config.items() if v is True), self.base])
+        more = (key for key, value in self.config.items() if value is True or isinstance(value, list))
+        return "-".join([self.config.get("kind", self.method), *more, self.base])
 
     @property
     def family(self) -> str:
@@ -77,15 +78,38 @@ SD1 = (
     Case("autoencoder", frozen=False),
     Case("contrastive", frozen=False, divides=False),
 )
+TWO_WORDS = {
+    "tokens": [
+        {"token": "<new>", "init": "red", "vectors": 2, "replace": "toy"},
+        {"token": "<by>", "init": "toy", "replace": "in"},
+    ]
+}
 SLOWER = {"lora": 0.7, "textual_inversion": 0.999}
+PATTERNS = [
+    {"match": r"unet\..*conv.*", "rank": 2, "alpha": 1.0},
+    {"match": r"text_encoder.*", "rank": 3, "learning_rate": 2e-3},
+]
+KINDS: tuple[dict[str, Any], ...] = (
+    {"targets": "all", "patterns": PATTERNS, "rslora": True, "text_encoder": True},
+    {"kind": "dora", "targets": "all", "text_encoder": True},
+    {"kind": "loha", "targets": "all", "tucker": True, "text_encoder": True},
+    {"kind": "lokr", "targets": "all", "tucker": True, "decompose_both": True, "text_encoder": True},
+)
 INPAINT = tuple(replace(case, base="sd1_inpaint") for case in SD1 if case.method not in WITHOUT_UNET)
 CASES = (
     *SD1,
     Case("lora", {"rank": 4}, learning_rate=1e-2),
+    Case("textual_inversion", TWO_WORDS, learning_rate=0.1, falls=0.98),
+    *(Case("full", {"text_encoder": True}, base=base, frozen=False) for base in ("sd1", "sd2", "sdxl")),
     *(replace(case, base="sd2") for case in SD1),
     # One of the tiny SDXL's two levels has no attention, and its UNet hears its text hardly at all.
     *(replace(case, base="sdxl", falls=SLOWER.get(case.method, case.falls)) for case in SD1),
     *INPAINT,
+    *(
+        Case("lora", {"rank": 4, **kind}, base=base, learning_rate=1e-2, falls=0.8)
+        for kind in KINDS
+        for base in ("sd1", "sdxl")
+    ),
     Case("lora", {"rank": 4}, base="sdxl_inpaint", learning_rate=1e-2, falls=0.7),
 )
 

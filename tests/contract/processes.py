@@ -2,7 +2,8 @@
 
     python processes.py PROCESSES OUT RECIPE...
 
-Writes OUT/NAME.safetensors (the trained tensors) and OUT/NAME.json (what was divided how) for each recipe.
+Writes OUT/NAME.safetensors (the trained tensors) and OUT/NAME.json (what was divided how, and how many of
+the base's tensors are what they were) for each recipe.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ def main(processes: int, out: Path, places: list[Path]) -> None:
         torch.manual_seed(accelerator.process_index)  # processes need not agree in what they do not use
         made = build.build(about, accelerator)
         assert made.division.processes == processes and made.division.rank == accelerator.process_index
+        trained = {id(parameter) for parameter in made.task.trained()}
+        modules = made.family.modules().values()
+        frozen = [t for m in modules for t in m.state_dict(keep_vars=True).values() if id(t) not in trained]
+        before = [tensor.detach().clone() for tensor in frozen]
         with Log(made.output, False, None, accelerator.is_main_process, None, {}) as log, Stop() as stop:
             assert loop.train(made, log, None, stop)
         assert torch.distributed.get_world_size() == processes if processes > 1 else True
@@ -38,7 +43,13 @@ def main(processes: int, out: Path, places: list[Path]) -> None:
             save_file(
                 {n: t.contiguous() for n, t in made.task.tensors().items()}, out / f"{about.name}.safetensors"
             )
-            facts = {"processes": accelerator.num_processes, "accumulate": made.division.accumulate}
+            same = sum(torch.equal(now, then) for now, then in zip(frozen, before, strict=True))
+            facts = {
+                "processes": accelerator.num_processes,
+                "accumulate": made.division.accumulate,
+                "frozen": len(before),
+                "as before": same,
+            }
             (out / f"{about.name}.json").write_text(json.dumps(facts))
         accelerator.wait_for_everyone()
 

@@ -141,7 +141,8 @@ def test_off_is_the_base_bitwise_and_after_it_the_adapted_one_again(
     bench.method.train_mode(False)
     batch, t = bench.batch(), torch.tensor([0, 250, 500, 999])
     fresh = load(bench.case)
-    words = dict.fromkeys(getattr(bench.method, "names", ()), bench.case.config.get("init"))
+    new = getattr(bench.method, "words", ())
+    words = {name: word.init for word in new for name in word.names()}
     captions = [" ".join(words.get(word, word) for word in caption.split()) for caption in batch.captions]
 
     def base_alone(family: Family, text: Any) -> Tensor:
@@ -166,7 +167,7 @@ def test_off_is_the_base_bitwise_and_after_it_the_adapted_one_again(
 
 
 def test_a_bf16_step_leaves_what_is_trained_in_float32(bench: Bench) -> None:
-    bench.family.cast(torch.bfloat16, bench.task.trained())
+    bench.family.cast(torch.bfloat16, bench.task.parameters())
     made = bench.optimiser()
     before = {name: p.detach().clone() for name, p in bench.task.named_trained()}
     made.zero_grad()
@@ -178,7 +179,9 @@ def test_a_bf16_step_leaves_what_is_trained_in_float32(bench: Bench) -> None:
     assert {g.dtype for g in bench.gradients().values()} == {torch.float32}
     assert {p.dtype for p in bench.task.trained()} == {torch.float32}
     assert any(not torch.equal(p, before[name]) for name, p in bench.task.named_trained())
-    dtypes = {name: t.dtype for name, t in frozen(bench).items() if t.is_floating_point()}
+    kept = {id(parameter) for parameter in bench.task.parameters()}
+    held = {name: t for name, t in frozen(bench).items() if t.is_floating_point() and id(t) not in kept}
+    dtypes = {name: tensor.dtype for name, tensor in held.items()}
     assert {d for name, d in dtypes.items() if name.startswith("vae.")} <= {torch.float32}
     assert {d for name, d in dtypes.items() if not name.startswith("vae.")} <= {torch.bfloat16}
 

@@ -21,6 +21,10 @@ METHODS = {
     "controlnet": "controlnet: canny",
     "textual_inversion": "textual_inversion: {token: <new>, init: red, replace: toy}",
     "lora": "lora: {rank: 4, text_encoder: true}",
+    "words": "textual_inversion: {norm: kept, tokens: [{token: <new>, init: red, vectors: 2, replace: toy}, "
+    "{token: <by>, init: random, replace: in}]}",
+    "pivotal": "lora: {rank: 4, text_encoder: true}\n  "
+    "textual_inversion: {token: <new>, init: red, replace: toy, learning_rate: 0.2}",
 }
 # Three steps of batches of 4 of 6 pictures: the second is an epoch's last, half of it of weight 0, so that
 # one of two processes has nothing but filled places.
@@ -105,6 +109,8 @@ def trained(
 def test_two_processes_train_as_one(trained: dict[int, Path], name: str) -> None:
     for processes, folder in trained.items():
         facts: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
+        frozen = facts.pop("frozen")
+        assert frozen > 100 and facts.pop("as before") == frozen
         assert facts == {"processes": processes, "accumulate": 3 - processes}
     one, two = (load_file(trained[processes] / f"{name}.safetensors") for processes in (1, 2))
     assert one.keys() == two.keys() and one

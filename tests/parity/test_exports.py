@@ -16,7 +16,7 @@ FILES = {
     "controlnet": {"diffusers/diffusion_pytorch_model.safetensors", "control_sd15_case.safetensors"},
     "textual_inversion": {"toy.safetensors"},
     "lora": {"case.safetensors"},
-    "full": {"diffusers/unet/diffusion_pytorch_model.safetensors"},
+    "full": {"diffusers/unet/diffusion_pytorch_model.safetensors", "case.safetensors"},
     "autoencoder": {"diffusers/vae/diffusion_pytorch_model.safetensors"},
     "contrastive": {"diffusers/text_encoder/model.safetensors", "diffusers/image_encoder/model.safetensors"},
 }
@@ -104,12 +104,3 @@ def test_the_trainer_is_left_as_it_was(
 def _everything(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], list[bool], list[bool]]:
     tensors = {name: t.detach().clone() for name, t in [*module.named_parameters(), *module.named_buffers()]}
     return tensors, [p.requires_grad for p in module.parameters()], [m.training for m in module.modules()]
-
-
-def test_two_methods_are_proved_apart(sd1_folder: Path, tmp_path: Path, models: ModuleType) -> None:
-    family = models.family_of(sd1_folder, "textual_inversion", "lora")
-    word, lora = (models.move(models.method_of(name, family)) for name in ("textual_inversion", "lora"))
-    card = models.card_of(torch.float16, word, lora)
-    files = [path for method in (word, lora) for path in method.export(family, tmp_path, card)]
-    lines = verify.check(family, [word, lora], files, card)
-    assert [line.partition(":")[0] for line in lines] == ["toy.safetensors", "case.safetensors"]

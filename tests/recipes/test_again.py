@@ -81,7 +81,7 @@ def test_other_data_is_refused(
     (tmp_path / "concept" / "000004.png").unlink()
     assert tiny.start(RECIPE, made, **{"data.source": tmp_path / "concept"}) == 2
     told = capsys.readouterr().err
-    assert "\n  data: the checkpoint has " in told and "\n  data.source: the checkpoint has " in told
+    assert "\n  data files: the checkpoint has " in told and "\n  data.source: the checkpoint has " in told
 
 
 def copied(made: Path, tmp_path: Path) -> Path:
@@ -140,7 +140,7 @@ def test_an_attempt_that_stopped_before_its_end_is_finished(
     assert digests(output)[EXPORT] == digests(made)[EXPORT]
     old, new = (read(folder / "metrics.jsonl") for folder in (made, output))
     assert new.events == old.events and len(new.events) == 1
-    assert new.measures == old.measures and len(new.measures) == 1
+    assert new.measures == old.measures and len(new.measures) == 2
     assert new.scalars["loss"] == old.scalars["loss"]
     assert new.finished and (output / "finished.json").is_file()
 

@@ -36,6 +36,36 @@ CASES: list[tuple[str, str, dict[str, Any], str]] = [
         "captions lack the token that is to be learned",
     ),
     (
+        "a token that no caption has",
+        INVERSION,
+        {
+            "method.textual_inversion.token": None,
+            "method.textual_inversion.init": ...,
+            "method.textual_inversion.replace": ...,
+            "method.textual_inversion": "{tokens: [{token: <a>, init: toy, replace: thing}, {token: <b>, "
+            "init: toy}]}",
+        },
+        "no caption has <b>, so that it would learn nothing",
+    ),
+    (
+        "templates twice",
+        INVERSION,
+        {"method.textual_inversion.templates": "object", "data.captions.templates": "['a {}']"},
+        "data.captions.templates: found together with the method's templates; give one",
+    ),
+    (
+        "kept norms and averaged weights",
+        INVERSION,
+        {"method.textual_inversion.norm": "kept", "train.optimiser": "adamwschedulefree"},
+        "train.optimiser: adamwschedulefree has weights of its own beside the trained ones",
+    ),
+    (
+        "a dot in a bundle",
+        INVERSION,
+        {"method.textual_inversion.token": "<a.b>", "method.lora.rank": 2},
+        "token <a.b>: a dot cannot stand in the name of a word that lies in a bundle",
+    ),
+    (
         "init of several tokens",
         INVERSION,
         {"method.textual_inversion.init": "thing"},

@@ -40,7 +40,7 @@ EXPORTS = {  # recipe: every file of its export
 MEASURES = {
     "controlnet_canny.yaml": {"edges followed", "prompt obeyed"},
     "lora.yaml": {"style"},
-    "textual_inversion.yaml": {"concept"},
+    "textual_inversion.yaml": {"concept", "new words"},
 }
 PICTURELESS = {"embedded/1_autoencoder.yaml", "embedded/2_clip.yaml"}
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuner.data.plan import Plan, share
+from tuner.data.plan import Beside, Plan, share
 from tuner.errors import UserError
 
 REPEATS = st.lists(st.integers(0, 3), min_size=1, max_size=25).filter(any)
@@ -71,3 +71,48 @@ def test_a_batch_larger_than_an_epoch_is_an_error_that_names_the_choice() -> Non
     with pytest.raises(UserError, match=r"train\.batch_size: 7 .* only 6"):
         Plan([1, 2, 3], 7, seed=0)
     assert Plan([1, 2, 3], 6, seed=0).steps_per_epoch == 1
+
+
+@given(
+    own=st.integers(1, 12),
+    batch_size=st.integers(2, 9),
+    number=st.integers(1, 7),
+    seed=st.integers(0, 5),
+)
+def test_half_of_each_batch_is_of_the_samples_beside(
+    own: int, batch_size: int, number: int, seed: int
+) -> None:
+    half = batch_size // 2
+    if batch_size - half > own:
+        with pytest.raises(UserError, match=r"no class pictures, but an epoch has only"):
+            Plan([1] * own, batch_size, seed, Beside(own, number, 0.5))
+        return
+    plan = Plan([1] * own, batch_size, seed, Beside(own, number, 0.5))
+    steps = 3 * number + 2 * plan.steps_per_epoch
+    batches = [plan.step(step) for step in range(steps)]
+    beside = [[slot for slot in batch if slot.sample >= own] for batch in batches]
+    assert {len(part) for part in beside} == {half} and {len(batch) for batch in batches} == {batch_size}
+    seen = [slot.sample - own for part in beside for slot in part]
+    for start in range(0, len(seen) - number + 1, number):  # all of them once, then all of them again
+        assert sorted(seen[start : start + number]) == list(range(number))
+    for batch, part in zip(batches, beside, strict=True):
+        real = sum(slot.weight for slot in batch if slot.sample < own)
+        assert sum(slot.weight for slot in part) == 0.5 * min(half, real)
+        assert {slot.weight for slot in part} <= {0.0, 0.5}
+    whole = range(0, steps - steps % plan.steps_per_epoch, plan.steps_per_epoch)
+    for start in whole:  # the others' epochs are as without, and no place is another's
+        slots = [slot for batch in batches[start : start + plan.steps_per_epoch] for slot in batch]
+        weighed = [slot for slot in slots if slot.weight]
+        assert sorted(slot.sample for slot in weighed if slot.sample < own) == list(range(own))
+        assert len({(slot.epoch, slot.position) for slot in weighed}) == len(weighed)
+
+
+def test_places_of_a_batch_alternate_so_that_each_share_has_both() -> None:
+    batch = Plan([1] * 8, 8, 0, Beside(8, 5, 1.0)).step(3)
+    assert [slot.sample >= 8 for slot in batch] == [False, True] * 4
+    odd = Plan([1] * 8, 5, 0, Beside(8, 5, 1.0)).step(0)
+    assert [slot.sample >= 8 for slot in odd] == [False, True, False, True, False]
+    with pytest.raises(
+        UserError, match=r"train\.batch_size: found 1; with class pictures expected at least 2"
+    ):
+        Plan([1] * 8, 1, 0, Beside(8, 5, 1.0))

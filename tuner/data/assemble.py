@@ -142,7 +142,7 @@ def _cache_latents(samples: Sequence[Sample], wanted: Wanted, family: Family, ha
 def _cache_text(samples: Sequence[Sample], wanted: Wanted, family: Family) -> Texts | None:
     """The cache of all captions that may come; None where they are too many to keep."""
     assert wanted.cache is not None
-    captions = sorted(set().union(*(wanted.captions.every(s.captions) for s in samples)))
+    captions = sorted(set().union(*(sample.every(wanted.captions) for sample in samples)))
     with torch.no_grad():
         one = family.encode_prompts(family.tokenize([""]).to(family.device))
     size = one.hidden.nbytes + (0 if one.pooled is None else one.pooled.nbytes)

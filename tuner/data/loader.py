@@ -85,6 +85,13 @@ class Feed:
             )
         return pictures.Transform(self.size, flip=flip)
 
+    def caption(self, slot: Slot) -> str:
+        """The caption that is trained with."""
+        sample = self.samples[slot.sample]
+        if sample.fixed:
+            return sample.captions[0]
+        return self.captions(sample.captions, self.seed, slot.epoch, slot.position)
+
     def picture(self, slot: Slot) -> Picture:
         """The pixels that are trained on, uint8 [size, size, 3]."""
         return self.transform(slot)(pictures.load(self.samples[slot.sample].path))
@@ -117,9 +124,7 @@ class Feed:
                 self.condition_picture(s, None if pixels is None else pixels[i]) for i, s in enumerate(slots)
             ]
             condition = torch.from_numpy(np.stack([pictures.to_unit(p) for p in made]))
-        captions = tuple(
-            self.captions(self.samples[s.sample].captions, self.seed, s.epoch, s.position) for s in slots
-        )
+        captions = tuple(self.caption(slot) for slot in slots)
         side = self.size // self.latents.factor
         shape = (self.latents.channels, side, side)
         noise = self._noise(shape, slots)

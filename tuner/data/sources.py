@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tuner.data.captions import CaptionRule
 from tuner.errors import UserError
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -21,6 +22,11 @@ class Sample(NamedTuple):
     captions: tuple[str, ...]
     condition: Path | None = None  # a given condition picture
     scene: dict[str, Any] | None = None  # the shapes world's record, for the exact judge
+    fixed: bool = False  # its one caption is taken as it is: without template, prefix, dropping
+
+    def every(self, rule: CaptionRule) -> set[str]:
+        """Everything that may be its caption."""
+        return set(self.captions) if self.fixed else rule.every(self.captions)
 
 
 def open_source(place: str, say: Callable[[str], None] = print) -> list[Sample]:

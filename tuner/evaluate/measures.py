@@ -20,6 +20,7 @@ from tuner.evaluate.compare import score
 from tuner.evaluate.judge import read
 from tuner.progress import say
 from tuner.sample import Sampler
+from tuner.task import Task
 
 Picture = npt.NDArray[np.uint8]
 Values = dict[str, Any]
@@ -83,6 +84,15 @@ def measure(look: Look, methods: Sequence[str]) -> dict[str, Values]:
     found: dict[str, Values] = {}
     for name in measured(methods):
         found |= importlib.import_module(f"tuner.evaluate.{name}").measure(look)
+    return found
+
+
+def weights(task: Task, methods: Sequence[str]) -> dict[str, Values]:
+    """What can be told of the trained weights without a picture, by name, for the log and the report."""
+    found: dict[str, Values] = {}
+    for name in measured(methods):
+        module = importlib.import_module(f"tuner.evaluate.{name}")
+        found |= module.weights(task) if hasattr(module, "weights") else {}
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,9 +84,14 @@ def _read(part: Part, base: Base) -> Adapter:
 
 
 def _is_lora(one: Adapter) -> bool:
-    """Whether diffusers' loader holds all of it: low-rank products, or a DoRA of nothing else."""
+    """Whether diffusers' loader holds all of it: low-rank products, or a DoRA of nothing else.
+
+    It knows what a text encoder's adapter is by its attention, and refuses one of other layers alone.
+    """
     plain = all(isinstance(module, LoraModule) for module in one.modules.values())
-    return plain and (not one.magnitudes or one.magnitudes.keys() == one.modules.keys())
+    encoders = {path.partition(".")[0] for path in one.modules if path.startswith("text_encoder")}
+    known = {path.partition(".")[0] for path in one.modules if ".self_attn." in path}
+    return plain and encoders <= known and one.magnitudes.keys() in (set(), one.modules.keys())
 
 
 def _load(pipe: Any, name: str, part: Part, one: Adapter) -> None:
@@ -94,7 +100,8 @@ def _load(pipe: Any, name: str, part: Part, one: Adapter) -> None:
     with tempfile.TemporaryDirectory() as folder:
         files.save(Path(folder) / FOLDER_FILE, tensors, {"format": "pt", **metadata})
         try:
-            pipe.load_lora_weights(folder, weight_name=FOLDER_FILE, adapter_name=name)
+            with warnings.catch_warnings(action="ignore"):  # of peft, that there are several adapters
+                pipe.load_lora_weights(folder, weight_name=FOLDER_FILE, adapter_name=name)
         except _LOADING as error:
             raise UserError(f"--lora {part.path.name}: diffusers does not load it: {error}") from error
     found = set(_holding(pipe, name))

@@ -98,8 +98,9 @@ def _check(asked: Asked) -> None:
         raise UserError('there is nothing to draw: give --prompt at least once (--prompt "" for none)')
     if asked.seed < 0:
         raise UserError(f"--seed {asked.seed}: expected 0 or more")
-    if asked.image is None and (other := "--mask" if asked.mask else "--strength" if asked.strength else ""):
-        raise UserError(f"{other} has no effect without --image")
+    for name in ("mask", "strength"):
+        if asked.image is None and getattr(asked, name) is not None:
+            raise UserError(f"--{name} has no effect without --image")
     if asked.strength is not None and not 0 < asked.strength <= 1:
         raise UserError(f"--strength {asked.strength:g}: expected above 0, and at most 1")
     if asked.grid is not None:

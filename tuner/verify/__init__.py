@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
+from tuner.export import embedding
 from tuner.family import Family
 from tuner.method import Card, Method
 from tuner.verify.compare import VerifyError
@@ -47,18 +48,28 @@ def check(family: Family, methods: Sequence[Method], files: Sequence[Path], card
             machine, or has another effect than the trainer's own; the message names keys or the difference.
     """
     lines: dict[Path, str] = {}
+    own = [path for path in files if path.parent.name != embedding.FOLDER]
     with exact(family, methods):
         scene = Scene.of(family)
         for method in methods:
             with scene.without([other for other in methods if other is not method]):
-                proved = _check_of(method)(scene, method, files, card)
+                proved = _check_of(method)(scene, method, own, card)
             for path in proved:
-                check_metadata(path, card.metadata.get(method.kind, {}))
+                check_metadata(path, {**card.metadata.get(method.kind, {}), **method.retold(path, card)})
             lines |= proved
+        lora, words = (_of_kind(methods, kind) for kind in ("lora", "textual_inversion"))
+        if lora is not None and words is not None:
+            together = importlib.import_module("tuner.verify.together")
+            lines |= together.check(scene, lora, words, files, card)
     if unproved := [path.name for path in files if path not in lines]:
         raise VerifyError(f"{len(unproved)} of {len(files)} exported files have no check: {unproved}")
     assert len(lines) == len(files) > 0
     return [lines[path] for path in files]
+
+
+def _of_kind(methods: Sequence[Method], kind: str) -> Method | None:
+    """The method of a kind, if the run has one."""
+    return next((method for method in methods if method.kind == kind), None)
 
 
 def _check_of(method: Method) -> _Check:

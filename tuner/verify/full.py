@@ -1,30 +1,92 @@
-"""Full fine-tuning: the denoiser's folder predicts as the trained denoiser does."""
+"""Full fine-tuning: folders and the one file predict and read as the trained networks do."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from torch import nn
+
+from tuner import components, single_file
+from tuner.errors import UserError
 from tuner.method import Card, Method
 from tuner.methods.full import Full
-from tuner.verify.compare import one, same_output, short
+from tuner.text import Text
+from tuner.verify.compare import VerifyError, load, one, same_output, same_tensors, short
 from tuner.verify.component import folder_name, read_back
 from tuner.verify.scene import Scene
 
+WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors"}
+
 
 def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> dict[Path, str]:
-    """Prove `diffusers/unet/`.
+    """Prove the folders below `diffusers/` and `NAME.safetensors`.
 
     Raises:
-        VerifyError: its tensors, configuration or prediction are not the trained denoiser's.
+        VerifyError: tensors, configuration, an encoded prompt or a prediction are not the trained networks'.
     """
     assert isinstance(method, Full)
-    path = one(files, "diffusers/unet/diffusion_pytorch_model.safetensors")
-    loaded, count = read_back(path, method.denoiser, card)
     text = scene.text(method)
-    found, own = scene.with_denoiser(loaded, text), scene.own(method, text)
-    difference = same_output(f"{folder_name(path)}: the prediction", found, own, card.dtype)
-    return {
-        path: f"{folder_name(path)}: all {count} tensors loaded by diffusers; "
-        f"a prediction differs by {difference:.1e} of its size ({short(card.dtype)})"
-    }
+    own = scene.own(method, text)
+    lines = {}
+    for name in method.networks():
+        path = one(files, f"diffusers/{name}/{WEIGHTS.get(name, 'model.safetensors')}")
+        loaded, count = read_back(path, method.networks()[name], card)
+        if name == "unet":
+            what, found, wanted = "prediction", scene.with_denoiser(loaded, text), own
+        else:
+            what, found, wanted = "encoded prompt", _text(scene, method, name, loaded).hidden, text.hidden
+        difference = same_output(f"{folder_name(path)}: the {what}", found, wanted, card.dtype)
+        lines[path] = (
+            f"{folder_name(path)}: all {count} tensors loaded by its library; "
+            f"{'a' if name == 'unet' else 'an'} {what} differs by {difference:.1e} of its size "
+            f"({short(card.dtype)})"
+        )
+        del loaded
+    if method.config.checkpoint_file:
+        path = one(files, f"{card.name}.safetensors")
+        lines[path] = _checkpoint(scene, method, path, text, own, card)
+    return lines
+
+
+def _text(scene: Scene, method: Full, name: str, other: nn.Module) -> Text:
+    """The scene's prompts as the family reads them with another network in place of its own one."""
+    networks = scene.family.modules()
+    kept, networks[name] = networks[name], other
+    try:
+        return scene.text(method)
+    finally:
+        networks[name] = kept
+
+
+def _checkpoint(scene: Scene, method: Full, path: Path, text: Text, own: torch.Tensor, card: Card) -> str:
+    """The one file: its tensors, then what this project's reader of such files makes of it."""
+    count = same_tensors(path.name, load(path), method.whole(scene.family), card.dtype)
+    assert method.folder is not None, "a base has a folder"
+    predicts = str(scene.family.scheduler_config.get("prediction_type", "epsilon"))
+    errors = []
+    with tempfile.TemporaryDirectory(prefix=".verify-", dir=path.parent) as cache:
+        try:
+            folder = single_file.as_folder(path, Path(cache), predicts, method.folder)
+            for name in scene.family.modules():
+                read = components.load(name, folder / name).to(scene.family.device).eval()
+                if name.startswith("text_encoder"):
+                    what, wanted, found = (
+                        "encoded prompt",
+                        text.hidden,
+                        _text(scene, method, name, read).hidden,
+                    )
+                elif name == "unet":
+                    what, wanted, found = "prediction", own, scene.with_denoiser(read, text)
+                else:
+                    continue  # of what is not asked here the equal tensors say enough
+                errors.append(same_output(f"{path.name}: the {what}", found, wanted, card.dtype))
+        except UserError as error:
+            raise VerifyError(f"{path.name} is not read back: {error}") from error
+    assert len(errors) == 1 + len(scene.family.text_encoders)
+    return (
+        f"{path.name}: all {count} tensors in the original layout, read back as {scene.family.name}; "
+        f"prompt and prediction differ by {max(errors):.1e} of their size ({short(card.dtype)})"
+    )

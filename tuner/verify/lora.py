@@ -1,15 +1,25 @@
-"""LoRA: the file, loaded by diffusers into a bare base, changes it as the trained adapters do."""
+"""LoRA and kin: each file, put on a bare base, changes it as the trained adapters do.
+
+What diffusers loads goes through its own loader. The other files are read by this project's reader of their
+format and added to the base's weights; what the tools that they are for make of their names is said by
+those tools' rules.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tuner.export.kohya import LoraError, LoraModule, from_kohya, kohya_name
+from tuner.adapters import exports
+from tuner.adapters.exports import Form
+from tuner.adapters.layers import ADAPTER as TRAINED
+from tuner.export import adapter, contents, files, kohya, lycoris
+from tuner.export.kohya import LoraError, LoraModule, Naming, from_kohya, kohya_name
 from tuner.method import Card, Method
 from tuner.methods.lora import Lora
 from tuner.text import Text
@@ -23,71 +33,165 @@ from tuner.verify.compare import (
     same_effect,
     same_keys,
     same_reading,
+    same_tensors,
     short,
 )
 from tuner.verify.scene import PROMPTS, Scene, rounded
 
-PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 ADAPTER = "export"
 
 
+class Outputs(NamedTuple):
+    """What a base, adapted or not, makes of the scene."""
+
+    text: Text
+    prediction: Tensor  # [2, C, h, w]
+
+
+class Own(NamedTuple):
+    """The trainer's own outputs: as trained, with the numbers that a file holds, and without the adapters."""
+
+    exact: Outputs
+    stored: Outputs
+    off: Outputs
+
+
 def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> dict[Path, str]:
-    """Prove `NAME.safetensors` through `load_lora_weights` and `unload_lora_weights`.
+    """Prove every file of the export; a line for each.
 
     Raises:
         VerifyError: keys are missing or unexpected, a layer's change or the prediction is not the trainer's,
-            or unloading does not give the base back bitwise.
+            unloading does not give the base back bitwise, or a tool that the file is for would not load all.
     """
     assert isinstance(method, Lora)
-    path = one(files, f"{card.name}.safetensors")
-    tensors, trained = load(path), method.modules_by_path()
-    wanted = [f"{kohya_name(place)}.{part}" for place in trained for part in PARTS]
-    count = same_keys(path.name, tensors, wanted)
-    _types(path, tensors, card.dtype)
-    # diffusers gives every layer the commonest alpha, other tools each its own: both must be the trained one.
-    _same_layers(path.name, _own_layers(path, tensors, trained), trained, card.dtype)
-    own_text, own = _own(scene, method)
-    with rounded(method.trained().values(), card.dtype):
-        stored_text, stored = _own(scene, method)
-    pipe = scene.bare_pipeline()
-    base_text, base = _outputs(scene, pipe)
+    exact = _own(scene, method)
+    with _as_stored(method, card.dtype):
+        stored = _own(scene, method)
     with method.off(scene.family):
-        _same_base(path, _own(scene, method)[1], base)
+        own = Own(exact, stored, _own(scene, method))
+    lines = {}
+    for form in method.forms(card.name):
+        path = one(files, form.place)
+        through = _diffusers if "diffusers" in form.tools else _added
+        line = through(scene, method, path, form, own, card.dtype)
+        if found := exports.problems(form, contents.read(path), method.base):
+            raise VerifyError(
+                "\n  ".join([f"{path.name}: not every tool that it is for would load it:", *found])
+            )
+        others = [tool for tool in form.tools if tool != "diffusers"]
+        rules = f"; {exports.told(others)} load all of it by their rules of naming" if others else ""
+        lines[path] = line + rules
+    assert lines
+    return lines
+
+
+def _diffusers(scene: Scene, method: Lora, path: Path, form: Form, own: Own, dtype: torch.dtype) -> str:
+    """A file that diffusers loads by `load_lora_weights` and takes out by `unload_lora_weights`."""
+    tensors, trained, names = load(path), _loras(method), _naming(method)
+    count = same_keys(path.name, tensors, form.tensors)
+    _types(path, tensors, dtype)
+    if method.how.kind == "dora":
+        same_tensors(path.name, tensors, form.tensors, dtype)
+    else:
+        # diffusers gives every layer the commonest alpha, other tools each its own: both must be the trained.
+        _same_layers(path.name, _own_layers(path, tensors, trained, names), trained, dtype, names)
+    pipe = scene.bare_pipeline()
+    base = _outputs(scene, pipe)
+    _same_base(path, own.off.prediction, base.prediction)
     try:
         pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=ADAPTER)
     except LOADING as error:
         raise VerifyError(f"{path.name} does not load in diffusers: {error}") from error
-    _same_layers(f"{path.name}, loaded by diffusers,", _loaded_layers(pipe), trained, card.dtype)
-    text, prediction = _outputs(scene, pipe)
-    for what, outputs in (
-        ("the encoded prompt", [each.hidden for each in (text, stored_text, own_text, base_text)]),
-        ("the prediction", [prediction, stored, own, base]),
-    ):
-        loaded, rounded_own, exact_own, without = outputs
-        same_reading(f"{path.name}: {what}", loaded, rounded_own, without, card.dtype)
-        difference = same_effect(f"{path.name}: {what}", loaded, exact_own, without, card.dtype)
+    _same_layers(f"{path.name}, loaded by diffusers,", _loaded_layers(pipe), trained, dtype, names)
+    difference = _same_outputs(path, _outputs(scene, pipe), own, base, dtype, reading=True)
     pipe.unload_lora_weights()
-    after_text, after = _outputs(scene, pipe)
-    if not (torch.equal(after, base) and torch.equal(after_text.hidden, base_text.hidden)):
+    after = _outputs(scene, pipe)
+    if not (
+        torch.equal(after.prediction, base.prediction) and torch.equal(after.text.hidden, base.text.hidden)
+    ):
         raise VerifyError(f"{path.name}: unloading it does not give the base back")
-    return {
-        path: f"{path.name}: all {count} keys loaded by diffusers into {len(trained)} layers; a "
+    return (
+        f"{path.name}: all {count} keys loaded by diffusers into {len(trained)} layers; a "
         f"prediction differs by {difference:.1e} of the adapters' effect "
-        f"({short(card.dtype)}); unloading gives the base back bitwise"
-    }
+        f"({short(dtype)}); unloading gives the base back bitwise"
+    )
 
 
-def _own(scene: Scene, method: Method) -> tuple[Text, Tensor]:
+def _added(scene: Scene, method: Lora, path: Path, form: Form, own: Own, dtype: torch.dtype) -> str:
+    """A file whose changes are added to a bare base's weights."""
+    tensors = load(path)
+    count = same_tensors(path.name, tensors, form.tensors, dtype)
+    try:
+        found = adapter.read(tensors, files.load(path)[1], method.base)
+    except LoraError as error:
+        raise VerifyError(f"{path.name}: {error}") from error
+    same_keys(path.name, found.modules, method.bases)
+    pipe = scene.bare_pipeline()
+    base = _outputs(scene, pipe)
+    _same_base(path, own.off.prediction, base.prediction)
+    for place, module in found.modules.items():
+        component, _, name = place.partition(".")
+        weight = getattr(pipe, component).get_submodule(name).weight
+        change = lycoris.change(module, tuple(weight.shape)).to(weight.device)
+        weight.copy_(weight.double() + change)
+    difference = _same_outputs(path, _outputs(scene, pipe), own, base, dtype, reading=False)
+    return (
+        f"{path.name}: all {count} keys added to {len(found.modules)} layers of the base; a "
+        f"prediction differs by {difference:.1e} of the adapters' effect ({short(dtype)})"
+    )
+
+
+def _same_outputs(
+    path: Path, loaded: Outputs, own: Own, base: Outputs, dtype: torch.dtype, reading: bool
+) -> float:
+    """The loaded file has the trainer's effect on prompts and predictions; how far it is off the latter."""
+    difference = 0.0
+    for what, index in (("the encoded prompt", 0), ("the prediction", 1)):
+        parts = [each.text.hidden if index == 0 else each.prediction for each in (loaded, *own[:2], base)]
+        has, exact, stored, without = parts
+        if reading:
+            same_reading(f"{path.name}: {what}", has, stored, without, dtype)
+        difference = same_effect(f"{path.name}: {what}", has, exact, without, dtype)
+    return difference
+
+
+def _loras(method: Lora) -> dict[str, LoraModule]:
+    """The trained factors, of a DoRA without its magnitudes."""
+    return method.adapter()._replace(magnitudes={}).loras("this check")
+
+
+def _naming(method: Lora) -> Naming:
+    return kohya.naming(method.base.family, method.base.unet)
+
+
+@contextmanager
+def _as_stored(method: Lora, dtype: torch.dtype) -> Iterator[None]:
+    """Within it the adapters' tensors have the values that a file of `dtype` gives them.
+
+    Where the modules' ranks or scales differ, a LoRA's file holds scale * up in place of up.
+    """
+    ups: dict[str, Tensor] = {}
+    if method.how.kind == "lora" and not exports.is_uniform(_loras(method)):
+        for place, layer in method.layers.items():
+            scale = layer.scaling[TRAINED]
+            ups[place] = (layer.lora_B[TRAINED].weight.data * scale).to(dtype).float() / scale
+    with rounded(method.trained().values(), dtype):
+        for place, value in ups.items():
+            method.layers[place].lora_B[TRAINED].weight.data = value
+        yield
+
+
+def _own(scene: Scene, method: Method) -> Outputs:
     """The trainer's own encoding and prediction."""
     text = scene.text(method)
-    return text, scene.own(method, text)
+    return Outputs(text, scene.own(method, text))
 
 
-def _outputs(scene: Scene, pipe: Any) -> tuple[Text, Tensor]:
-    """The prompts as the pipeline's networks encode them [2, 77 W, D], and their prediction [2, C, h, w]."""
+def _outputs(scene: Scene, pipe: Any) -> Outputs:
+    """The prompts as the pipeline's networks encode them [2, 77 W, D], and their prediction."""
     family = scene.family.around(pipe)
     text = family.encode_prompts(family.tokenize(PROMPTS).to(family.device))
-    return text, scene.with_denoiser(family.denoiser, text)
+    return Outputs(text, scene.with_denoiser(family.denoiser, text))
 
 
 def _types(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -103,7 +207,11 @@ def _same_base(path: Path, off: Tensor, base: Tensor) -> None:
 
 
 def _same_layers(
-    where: str, found: Mapping[str, LoraModule], trained: Mapping[str, LoraModule], dtype: torch.dtype
+    where: str,
+    found: Mapping[str, LoraModule],
+    trained: Mapping[str, LoraModule],
+    dtype: torch.dtype,
+    names: Naming,
 ) -> None:
     """Each layer's change, scale * up @ down, is the trained one within the rounding of its factors."""
     same_keys(where, found, trained)
@@ -111,21 +219,21 @@ def _same_layers(
         has, wants = _change(found[place]), _change(module)
         if has.shape != wants.shape:
             shapes = f"{list(has.shape)} numbers, expected {list(wants.shape)}"
-            raise VerifyError(f"{where}: {kohya_name(place)} changes {shapes}")
+            raise VerifyError(f"{where}: {kohya_name(place, names)} changes {shapes}")
         error, bound = norm(has.to(wants.device) - wants), _rounding(module, dtype)
         if not error <= bound:
             raise VerifyError(
-                f"{where}: {kohya_name(place)} changes its layer otherwise than training did: off by "
+                f"{where}: {kohya_name(place, names)} changes its layer otherwise than training did: off by "
                 f"{error:.2g}, {short(dtype)} allows {bound:.2g}, the change is {norm(wants):.2g}"
             )
 
 
 def _own_layers(
-    path: Path, tensors: Mapping[str, Tensor], trained: Mapping[str, LoraModule]
+    path: Path, tensors: Mapping[str, Tensor], trained: Mapping[str, LoraModule], names: Naming
 ) -> dict[str, LoraModule]:
     """The layers that the file says, by the format's own rule."""
     try:
-        return from_kohya(tensors, trained)
+        return from_kohya(tensors, trained, names)
     except LoraError as error:
         raise VerifyError(f"{path.name}: {error}") from error
 

@@ -27,8 +27,11 @@ USERS_WORDS = (  # text that the user chose and that may be any word
 _ABSOLUTE = re.compile(r"\s*(/[^/\s]|[A-Za-z]:[\\/]|~[\\/]|file:|\\\\)")
 
 
-def check_metadata(path: Path, expected: Mapping[str, str]) -> None:
+def check_metadata(path: Path, expected: Mapping[str, str | None]) -> None:
     """The header holds the expected metadata, and neither it nor a config.json beside tells of the machine.
+
+    Args:
+        expected: None where the header must not have a key.
 
     Raises:
         VerifyError: metadata is missing or different, or holds a local path, the user's or the host's name.
