@@ -353,11 +353,13 @@ def _file_uses(path: Path, place: str, keys: list[str]) -> tuple[str, list[tuple
         ("ComfyUI", "models/loras/"),
         ("A1111", f"models/Lora/, and <lora:{stem}:1> in the prompt"),
     ]
-    if all(key.startswith("lora_") for key in keys):
+    if all(key.startswith(("lora_", "bundle_emb.")) for key in keys):  # with words: a bundle
         plain = all(key.endswith((".lora_down.weight", ".lora_up.weight", ".alpha")) for key in keys)
         return "LoRA", [load, *webui] if plain else webui
     if all(".lora_" in key for key in keys):
         return "LoRA, peft names", [load]
+    if any(key.startswith("model.diffusion_model.") for key in keys):
+        return "checkpoint", [("ComfyUI", "models/checkpoints/"), ("A1111", "models/Stable-diffusion/")]
     if any(key.removeprefix("control_model.").startswith("zero_convs.") for key in keys):
         return "ControlNet", [("ComfyUI", "models/controlnet/"), ("A1111", "models/ControlNet/")]
     embedding = [("ComfyUI", f"models/embeddings/, and embedding:{stem} in the prompt")]

@@ -83,6 +83,8 @@ class Sampler:
         if branch is not None and conditions is not None:
             stacked = np.stack([c.transpose(2, 0, 1) for c in conditions]).astype(np.float32) / 255
             looks = torch.from_numpy(stacked).to(device)
+            for method in self.task.each():
+                looks = method.look(looks)
         with self.accelerator.autocast():
             text = self.task.encode(family.tokenize([rule.final(p) for p in prompts]).to(device))
             negative = self.task.encode(family.tokenize([self.negative] * len(prompts)).to(device))

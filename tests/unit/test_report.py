@@ -233,6 +233,8 @@ def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         ("loha", ["lora_unet_x.hada_w1_a"], "LoRA", ["ComfyUI", "A1111"]),
         ("peft", ["unet.x.lora_A.weight"], "LoRA, peft names", ["diffusers"]),
         ("control_sd15_x", ["zero_convs.0.0.weight", "input_blocks.0"], "ControlNet", ["ComfyUI", "A1111"]),
+        ("both", ["lora_unet_x.alpha", "bundle_emb.toy.clip_l"], "LoRA", ["ComfyUI", "A1111"]),
+        ("whole", ["model.diffusion_model.out.2.bias", "x"], "checkpoint", ["ComfyUI", "A1111"]),
         ("toy", ["<toy>"], "embedding", ["diffusers", "ComfyUI", "A1111"]),
         ("toy_xl", ["clip_l", "clip_g"], "embedding", ["ComfyUI", "A1111"]),
         ("other", ["a", "b"], "tensors", []),

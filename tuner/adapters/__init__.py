@@ -1,0 +1,1 @@
+"""Low-rank adapters on a base's layers: which, how peft makes them, and their files."""
