@@ -175,6 +175,10 @@ class Method(nn.Module):
         """The branch that sampling needs beside the base, if the method has one."""
         return None
 
+    def look(self, picture: Tensor) -> Tensor:
+        """A condition picture [B, 3, H, W] in [0, 1] as that branch sees it, [B, k, H, W]."""
+        return picture
+
     def export(self, family: Family, folder: Path, card: Card) -> list[Path]:
         """Write what was trained in every tool's format; each file appears whole. Returns the files."""
         raise AssertionError("every method exports")

@@ -53,7 +53,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        more = (key for key, value in self.config.items() if value is True or isinstance(value, list))
+        own = ("arch", "unlock_decoder_at")
+        more = (k for k, v in self.config.items() if v is True or isinstance(v, list) or k in own)
         return "-".join([self.config.get("kind", self.method), *more, self.base])
 
     @property
@@ -100,6 +101,8 @@ CASES = (
     *SD1,
     Case("lora", {"rank": 4}, learning_rate=1e-2),
     Case("textual_inversion", TWO_WORDS, learning_rate=0.1, falls=0.98),
+    Case("controlnet", {"condition": "canny", "unlock_decoder_at": 1}, frozen=False),
+    *(Case("controlnet", {"condition": "canny", "arch": "lite"}, base=base) for base in ("sd1", "sdxl")),
     *(Case("full", {"text_encoder": True}, base=base, frozen=False) for base in ("sd1", "sd2", "sdxl")),
     *(replace(case, base="sd2") for case in SD1),
     # One of the tiny SDXL's two levels has no attention, and its UNet hears its text hardly at all.

@@ -25,7 +25,10 @@ METHODS = {
     "{token: <by>, init: random, replace: in}]}",
     "pivotal": "lora: {rank: 4, text_encoder: true}\n  "
     "textual_inversion: {token: <new>, init: red, replace: toy, learning_rate: 0.2}",
+    "unlocked": "controlnet: {condition: canny, unlock_decoder_at: 1}",
+    "dreambooth": "full: {text_encoder: true, prior: {prompt: a toy, count: 3, steps: 1}}",
 }
+RATES = {"dreambooth": 0.02, "unlocked": 0.02}  # of the others 0.5
 # Three steps of batches of 4 of 6 pictures: the second is an epoch's last, half of it of weight 0, so that
 # one of two processes has nothing but filled places.
 RECIPE = """
@@ -42,7 +45,7 @@ train:
   batch_size: 4
   accumulate: {accumulate}
   # Plain descent: unlike AdamW and clipping it shows a wrong scale, and makes no whole step of a rounding.
-  learning_rate: 0.5
+  learning_rate: {rate}
   optimiser: {{name: sgd, weight_decay: 0}}
   clip: null
   precision: fp32
@@ -60,6 +63,7 @@ def written(folder: Path, accumulate: int, base: Path, data: Path) -> list[Path]
         place = folder / f"{name}.yaml"
         # Every run has its own cache: each encodes for itself.
         more = {"cache": folder / "cache", "output": folder / name, "accumulate": accumulate}
+        more |= {"rate": RATES.get(name, 0.5)}
         place.write_text(RECIPE.format(base=base, method=method, data=data, **more))
         places.append(place)
     return places

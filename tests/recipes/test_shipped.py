@@ -47,6 +47,9 @@ PICTURELESS = {"embedded/1_autoencoder.yaml", "embedded/2_clip.yaml"}
 
 def test_every_shipped_recipe_is_run_here() -> None:
     shipped = {str(p.relative_to(ROOT / "recipes")) for p in (ROOT / "recipes").rglob("*.yaml")}
+    shipped = {
+        name for name in shipped if not name.startswith(("sd15/", "sd21/", "sdxl/"))
+    }  # test_real_bases.py
     assert len(shipped) == 7
     assert shipped == EXPORTS.keys()
 

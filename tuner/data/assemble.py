@@ -22,6 +22,8 @@ from tuner.family import Family
 from tuner.progress import say, track
 
 ENCODE_AT_ONCE = 16
+PIXELS_AT_ONCE = ENCODE_AT_ONCE * 128 * 128
+"""What one pass of the autoencoder takes: in float32 its widest layers need half a kilobyte a pixel, each."""
 SHARD = 512
 TEXT_LIMIT = 256 * 2**20
 """Bytes of caption encodings that are worth keeping; more than that is encoded anew in each step."""
@@ -102,6 +104,11 @@ def feed(samples: Sequence[Sample], wanted: Wanted, family: Family, hashes: Hash
     )
 
 
+def pictures_at_once(size: int) -> int:
+    """How many pictures of this side, in pixels, are encoded together: 16 up to 128, 1 from 512 on."""
+    return max(1, min(ENCODE_AT_ONCE, PIXELS_AT_ONCE // size**2))
+
+
 def _cache_latents(samples: Sequence[Sample], wanted: Wanted, family: Family, hashes: Hashes) -> Latents:
     assert wanted.cache is not None
     store = Store(wanted.cache / "latents")
@@ -133,7 +140,7 @@ def _cache_latents(samples: Sequence[Sample], wanted: Wanted, family: Family, ha
         both = torch.cat(family.encode_images(pixels), dim=1).cpu()
         return {n: row.clone() for (n, _), row in zip(chunk, both, strict=True)}
 
-    _encode(items, encode, store, "encoding pictures")
+    _encode(items, encode, store, "encoding pictures", pictures_at_once(wanted.size))
     wanted.wait()
     store.refresh()
     return Latents(family.latent_channels, family.factor, store, names)
@@ -190,12 +197,13 @@ def _encode(
     encode: Callable[[Sequence[Item]], dict[str, Tensor]],
     store: Store,
     description: str,
+    at_once: int = ENCODE_AT_ONCE,
 ) -> None:
     """Encode what the cache lacks, a shard at a time."""
     if not items:
         return
     shard: dict[str, Tensor] = {}
-    chunks = [items[i : i + ENCODE_AT_ONCE] for i in range(0, len(items), ENCODE_AT_ONCE)]
+    chunks = [items[i : i + at_once] for i in range(0, len(items), at_once)]
     for chunk in track(chunks, len(chunks), f"{description} ({len(items)})", "batches"):
         shard |= encode(chunk)
         if len(shard) >= SHARD:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal, cast
 
+import safetensors
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
+from tuner import components
 from tuner.batch import Batch
 from tuner.block import Block
 from tuner.data import conditions
+from tuner.errors import UserError
 from tuner.export import cldm
 from tuner.export.component import save_component
-from tuner.export.files import save
+from tuner.export.files import load, save
 from tuner.export.metadata import Kind
 from tuner.family import Cond, Family
+from tuner.files import bases
 from tuner.method import Card, Method, public_config
+
+LUMA = (0.299, 0.587, 0.114)
+"""What a grey picture is made of (ITU-R BT.601, as Pillow's `L`)."""
+
+GAUSSIAN = 0.02
+"""Deviation of the output convolutions' weights with `init: gaussian`, the ablation of section 4.2."""
+
+DECODER = ("up_blocks", "conv_norm_out", "conv_out")
+_OWN_CONFIG = ("upcast_attention",)  # a matter of precision, which differs between published files
 
 
 class Config(Block):
@@ -30,6 +43,26 @@ class Config(Block):
     condition: str = Field(
         "canny", description="kind of the condition picture: canny, or image for given ones"
     )
+    conditioning_channels: int = Field(
+        3, description="channels of the condition that the branch sees: 3, or 1 (grey)"
+    )
+    start: str | None = Field(
+        None,
+        min_length=1,
+        description="a ControlNet to go on from: a diffusers folder or a .safetensors file",
+    )
+    init: Literal["zero", "gaussian"] = Field(
+        "zero", description="how the branch's output convolutions begin; gaussian is an ablation"
+    )
+    arch: Literal["full", "lite"] = Field(
+        "full", description="lite: the same blocks without attention, drawn instead of cloned; an ablation"
+    )
+    unlock_decoder_at: int | None = Field(
+        None, ge=0, description="optimiser step from which the base's decoder is trained too; null: never"
+    )
+    decoder_learning_rate: float | None = Field(
+        None, gt=0, description="of the base's decoder; train.learning_rate if absent"
+    )
 
     @field_validator("condition")
     @classmethod
@@ -39,9 +72,31 @@ class Config(Block):
             raise ValueError(f"expected one of {', '.join(known)}, found {value}")
         return value
 
+    @field_validator("conditioning_channels")
+    @classmethod
+    def _readable(cls, value: int) -> int:
+        if value not in (1, 3):
+            raise ValueError(
+                f"expected 3 or 1, found {value}: a condition is one picture file; several for one sample "
+                "are not read yet"
+            )
+        return value
+
+    def unused(self) -> dict[str, str]:
+        begins = dict.fromkeys(("init", "arch"), "start says it") if self.start is not None else {}
+        locked = (
+            {} if self.unlock_decoder_at is not None else {"decoder_learning_rate": "it is never unlocked"}
+        )
+        return begins | locked
+
 
 class ControlNet(Method):
-    """The clone with its condition encoder is trained; the whole base is frozen."""
+    """The clone with its condition encoder is trained; the whole base is frozen.
+
+    With `unlock_decoder_at` (the released code's `sd_locked: False`) the base's decoder is a parameter from
+    the start, so that every process and every checkpoint has the same ones; until that step its gradients are
+    taken away before the update, so that it stays as it is bitwise and no optimiser state is made for it.
+    """
 
     kind: ClassVar[Kind] = "controlnet"
     DROP_CAPTIONS: ClassVar[float] = 0.5
@@ -53,38 +108,184 @@ class ControlNet(Method):
         self._off = False
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # the condition encoder is drawn; the clone and the zeros are not
-            self.branch = family.control_branch(conditioning_channels=3).float().requires_grad_(True)
+            branch: Any = family.control_branch(config.conditioning_channels)
+            if config.arch == "lite":
+                branch = _lite(branch)
+            if config.init == "gaussian":
+                _draw_outputs(branch)
+        if config.start is not None:
+            _fill(branch, Path(config.start))
+        self.branch: nn.Module = branch.float().requires_grad_(True)
+        self.decoder = nn.ModuleDict()
+        self._locked: dict[str, Tensor] = {}
+        if config.unlock_decoder_at is not None:
+            self._register_decoder(family)
+
+    def _register_decoder(self, family: Family) -> None:
+        if family.options.quantise is not None:
+            raise UserError(
+                "method.controlnet.unlock_decoder_at: the decoder must keep its precision: "
+                f"found base.quantise: {family.options.quantise}, expected null"
+            )
+        self.decoder.update({name: family.denoiser.get_submodule(name) for name in DECODER})
+        self.decoder.requires_grad_(True)
+        self._locked = {name: t.detach().cpu().clone() for name, t in self.decoder.state_dict().items()}
 
     @property
     def condition(self) -> str | None:
         return self.config.condition
 
+    def look(self, picture: Tensor) -> Tensor:
+        if self.config.conditioning_channels == 3:
+            return picture
+        shares = torch.tensor(LUMA, dtype=picture.dtype, device=picture.device)
+        return (picture * shares[:, None, None]).sum(dim=1, keepdim=True).clamp(0.0, 1.0)
+
     def predict(self, family: Family, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch) -> Tensor:
         if self._off:
             return super().predict(family, x_t, t, cond, batch)
         assert batch.condition is not None
-        control = family.control(self.branch, x_t, t, cond, batch.condition)
+        control = family.control(self.branch, x_t, t, cond, self.look(batch.condition))
         return family.predict(family.denoiser, x_t, t, cond, control)
+
+    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """The branch, and the base's decoder with its own learning rate."""
+        groups: list[dict[str, Any]] = [{"params": list(self.branch.parameters())}]
+        own = self.config.decoder_learning_rate or learning_rate
+        decoder = list(self.decoder.parameters())
+        return groups + ([{"params": decoder, "lr": own}] if decoder else [])
+
+    def before_update(self, step: int) -> None:
+        """Until it is unlocked the decoder has no gradient: it does not move, and counts in no norm."""
+        if self.config.unlock_decoder_at is not None and step < self.config.unlock_decoder_at:
+            for parameter in self.decoder.parameters():
+                parameter.grad = None
+
+    def depends(self) -> dict[str, Path]:
+        if self.config.start is None:
+            return {}
+        start = Path(self.config.start)
+        found = [start] if start.is_file() else [start / "config.json", *bases.weights_files(start)]
+        return {f"method.controlnet.start {path.name}": path for path in found}
 
     @contextmanager
     def off(self, family: Family) -> Iterator[None]:
-        """The base is untouched; the branch is left out."""
+        """The base, bitwise: the branch is left out, an unlocked decoder is as it was."""
         self._off = True
+        trained = {name: tensor.detach().clone() for name, tensor in self.decoder.state_dict().items()}
         try:
+            self.decoder.load_state_dict(self._locked)
             yield
         finally:
+            self.decoder.load_state_dict(trained)
             self._off = False
 
     def control_branch(self) -> nn.Module | None:
         return self.branch
 
     def export(self, family: Family, folder: Path, card: Card) -> list[Path]:
-        """The folder `diffusers/` and, for the other tools, one file in the original layout."""
+        """The folder `diffusers/`; for the other tools, where they can read it, one file in the original
+        layout; and the folder `unet/` of a base whose decoder was unlocked."""
         config, state = public_config(self.branch), card.cast(self.branch.state_dict())
-        whole = save_component(folder / "diffusers", config, state, card.header(self.kind, state))
-        tensors = cldm.to_cldm(state, config)
-        name = f"control_{family.version}_{card.name}.safetensors"
-        return [whole, save(folder / name, tensors, card.header(self.kind, tensors))]
+        written = [save_component(folder / "diffusers", config, state, card.header(self.kind, state))]
+        if config["mid_block_type"] == "UNetMidBlock2DCrossAttn":
+            tensors = cldm.to_cldm(state, config)
+            name = f"control_{family.version}_{card.name}.safetensors"
+            written.append(save(folder / name, tensors, card.header(self.kind, tensors)))
+        if len(self.decoder):
+            tensors, place = card.cast(self.base(family)), folder / "unet"
+            header = card.header(self.kind, tensors)
+            if header:
+                header |= self.retold(place / "weights", card)
+            written.append(save_component(place, public_config(family.denoiser), tensors, header))
+        return written
+
+    def retold(self, path: Path, card: Card) -> dict[str, str]:
+        """The UNet's folder is a part of a base."""
+        told = card.metadata.get(self.kind, {}).get("modelspec.architecture")
+        unet = path.parent.name == "unet" and told is not None
+        return {"modelspec.architecture": str(told).removesuffix("/controlnet")} if unet else {}
+
+    def base(self, family: Family) -> dict[str, Tensor]:
+        """The UNet's tensors with the trained decoder; the rest as its file has it, not as it is held."""
+        folder: Path | None = getattr(family, "folder", None)
+        new = getattr(family, "digests", {}).get("unet", "").startswith("new ")
+        whole = family.denoiser if folder is None or new else components.load("unet", folder / "unet")
+        return {**whole.state_dict(), **self.decoder.state_dict()}
+
+
+def _lite(branch: Any) -> nn.Module:
+    """A branch of the same outputs without attention: it sees no text (SDXL's sees the pooled text alone).
+
+    SD 1.5's has 202 million parameters in place of 361, SDXL's 126 in place of 1251; diffusers loads it like
+    any other. (In arXiv 2302.05543, section 4.2, ControlNet-lite has one convolution in place of each block.)
+    """
+    config = dict(branch.config)
+    blocks = ["DownBlock2D"] * len(config["block_out_channels"])
+    made: nn.Module = type(branch).from_config(
+        {**config, "down_block_types": blocks, "mid_block_type": "UNetMidBlock2D"}
+    )
+    return made
+
+
+def _draw_outputs(branch: Any) -> None:
+    """The 1x1 convolutions where the branch joins the base begin as noise instead of zeros."""
+    for layer in (*branch.controlnet_down_blocks, branch.controlnet_mid_block):
+        nn.init.normal_(layer.weight, std=GAUSSIAN)
+
+
+def _fill(branch: Any, start: Path) -> None:
+    """Put the tensors of another ControlNet into a branch; each has to have its place.
+
+    Raises:
+        UserError: there is no such ControlNet, or it is not one of this base.
+    """
+    where = f"method.controlnet.start: {start}"
+    if start.is_dir():
+        _check_config(where, bases.config(start), dict(branch.config))
+        tensors: Mapping[str, Tensor] = bases.weights(start)
+    else:
+        tensors = _from_file(where, start, public_config(branch))
+    wanted = branch.state_dict()
+    wrong = dict.fromkeys(tensors.keys() - wanted.keys(), "has no place in it")
+    wrong |= dict.fromkeys(wanted.keys() - tensors.keys(), "is missing")
+    for name in wanted.keys() & tensors.keys():
+        if tensors[name].shape != wanted[name].shape:
+            wrong[name] = f"is {list(tensors[name].shape)}, expected {list(wanted[name].shape)}"
+    if wrong:
+        name = min(wrong)
+        raise UserError(
+            f"{where}: no ControlNet of this base and of these conditioning_channels: {name} {wrong[name]} "
+            f"({len(wrong)} of {len(wanted)} tensors differ)"
+        )
+    branch.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+
+
+def _from_file(where: str, path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A single file's tensors in diffusers' names; it has those or the original layout's."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise UserError(f"{where}: expected a diffusers folder or a .safetensors file that is there")
+    try:
+        tensors, _ = load(path)
+        if any(name.startswith("controlnet_") for name in tensors):
+            return tensors
+        return cldm.from_cldm(tensors, config)
+    except cldm.LayoutError as error:
+        raise UserError(f"{where}: no ControlNet of this base: {error}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{where}: not a whole .safetensors file: {error}") from error
+
+
+def _check_config(where: str, told: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises UserError where a folder's configuration is not that of this base's ControlNets."""
+    for key in sorted(told.keys() & wanted.keys() - set(_OWN_CONFIG)):
+        has, wants = _plain(told[key]), _plain(wanted[key])
+        if not key.startswith("_") and has != wants:
+            raise UserError(f"{where}: config.json says {key} {has}, this base's ControlNet has {wants}")
+
+
+def _plain(value: Any) -> Any:
+    return list(cast(Any, value)) if isinstance(value, (list, tuple)) else value
 
 
 METHOD = ControlNet

@@ -106,11 +106,14 @@ class Full(Method):
 
     def whole(self, family: Family) -> dict[str, Tensor]:
         """The model in the original layout: what was trained, and the rest as the base's files have it."""
-        own, states = self.networks(), {}
-        for name in original.PLACES[family.name]:
-            network = own[name] if name in own else _frozen(family, name)
-            states[name] = {key: tensor.detach() for key, tensor in network.state_dict().items()}
+        states = {name: self.state(family, name) for name in original.PLACES[family.name]}
         return original.to_original(states, _configs(family), family.name)
+
+    def state(self, family: Family, name: str) -> dict[str, Tensor]:
+        """A network's tensors: as trained, or as the base's file has them."""
+        own = self.networks()
+        network = own[name] if name in own else _frozen(family, name)
+        return {key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}
 
 
 def _read(family: Family) -> list[nn.Parameter]:

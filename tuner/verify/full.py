@@ -65,28 +65,30 @@ def _checkpoint(scene: Scene, method: Full, path: Path, text: Text, own: torch.T
     """The one file: its tensors, then what this project's reader of such files makes of it."""
     count = same_tensors(path.name, load(path), method.whole(scene.family), card.dtype)
     assert method.folder is not None, "a base has a folder"
+    trained = method.networks()
     predicts = str(scene.family.scheduler_config.get("prediction_type", "epsilon"))
-    errors = []
+    errors: list[float] = []
     with tempfile.TemporaryDirectory(prefix=".verify-", dir=path.parent) as cache:
         try:
             folder = single_file.as_folder(path, Path(cache), predicts, method.folder)
             for name in scene.family.modules():
                 read = components.load(name, folder / name).to(scene.family.device).eval()
-                if name.startswith("text_encoder"):
-                    what, wanted, found = (
-                        "encoded prompt",
-                        text.hidden,
-                        _text(scene, method, name, read).hidden,
-                    )
-                elif name == "unet":
-                    what, wanted, found = "prediction", own, scene.with_denoiser(read, text)
-                else:
-                    continue  # of what is not asked here the equal tensors say enough
-                errors.append(same_output(f"{path.name}: the {what}", found, wanted, card.dtype))
+                stored = {key: t.to(card.dtype) for key, t in read.state_dict().items()}
+                wanted = method.state(scene.family, name)
+                same_tensors(f"{path.name}, read back: {name}", stored, wanted, card.dtype)
+                if name == "unet" and name in trained:
+                    found = scene.with_denoiser(read, text)
+                    errors.append(same_output(f"{path.name}: the prediction", found, own, card.dtype))
+                elif name in trained:
+                    hidden = _text(scene, method, name, read).hidden
+                    errors.append(same_output(f"{path.name}: the prompt", hidden, text.hidden, card.dtype))
+        except VerifyError:
+            raise
         except UserError as error:
             raise VerifyError(f"{path.name} is not read back: {error}") from error
-    assert len(errors) == 1 + len(scene.family.text_encoders)
+    assert len(errors) == len(trained)
     return (
         f"{path.name}: all {count} tensors in the original layout, read back as {scene.family.name}; "
-        f"prompt and prediction differ by {max(errors):.1e} of their size ({short(card.dtype)})"
+        f"the {' and the '.join(trained)} in it differ by {max(errors):.1e} of their outputs' size "
+        f"({short(card.dtype)})"
     )
