@@ -222,7 +222,7 @@ def diffusers_code(found: list[Part], usage: Usage) -> str | None:
     ]
     networks = {_ARGUMENTS[part.kind][0]: part for part in found if part.kind in _ARGUMENTS}
     loads = [line for part in _adapters(found) for line in _adapter(code, part)]
-    own = _own_base(code, found)
+    own = _own_base(code, found, bool(networks))
     if not networks and not loads and own is None:
         return None
     for argument, part in networks.items():
@@ -258,8 +258,11 @@ def _adapter(code: _Code, part: Part) -> list[str]:
     return lines
 
 
-def _own_base(code: _Code, found: list[Part]) -> str | None:
-    """How a whole pipeline that was exported is loaded; None where there is none."""
+def _own_base(code: _Code, found: list[Part], networks: bool) -> str | None:
+    """How a whole pipeline that was exported is loaded; None where there is none.
+
+    A checkpoint beside its trained networks' folders holds the same: the folders need no guess of its kind.
+    """
     for part in found:
         if part.kind == "pipeline":
             code.need("huggingface_hub", "snapshot_download")
@@ -268,7 +271,7 @@ def _own_base(code: _Code, found: list[Part]) -> str | None:
             place = f"snapshot_download({_text(code.usage.repo)}, allow_patterns={inside}{code.at})"
             return f'DiffusionPipeline.from_pretrained({place} + "/{part.path}"'
     for part in found:
-        if part.kind == "checkpoint":
+        if part.kind == "checkpoint" and not networks:
             name = f"{_PIPELINES[code.usage.family]}{'Inpaint' * code.usage.inpainting}Pipeline"
             code.need("diffusers", name)
             return f"{name}.from_single_file({code.fetched(part.path)}"
