@@ -24,9 +24,12 @@ def models() -> ModuleType:
 
 
 def _load(name: str) -> ModuleType:
-    """A file of tests/ as a module."""
+    """A file of tests/ as a module; it can import (from .part) what lies in the folder of its name."""
     place = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(f"tuner_test_{name}", place)
+    parts = [str(place.with_suffix(""))]
+    spec = importlib.util.spec_from_file_location(
+        f"tuner_test_{name}", place, submodule_search_locations=parts
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look their annotations up
@@ -41,39 +44,22 @@ def hub() -> Iterator[Any]:
         yield made
 
 
-@pytest.fixture(scope="session")
-def sd1_folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Stable Diffusion 1.x in diffusers layout; shared, so only to be read."""
-    folder: Path = models.tiny_sd1(tmp_path_factory.mktemp("base") / "tiny-sd1")
+def _base(name: str, maker: str, **more: Any) -> Any:
+    """A fixture: a tiny random base in diffusers layout, made by tests/models.py; only to be read."""
+
+    @pytest.fixture(scope="session")
+    def folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        made: Path = getattr(models, maker)(tmp_path_factory.mktemp("base") / name, **more)
+        return made
+
     return folder
 
 
-@pytest.fixture(scope="session")
-def sd2_folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Stable Diffusion 2.x with v-prediction; only to be read."""
-    folder: Path = models.tiny_sd2(tmp_path_factory.mktemp("base") / "tiny-sd2")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def sdxl_folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Stable Diffusion XL; only to be read."""
-    folder: Path = models.tiny_sdxl(tmp_path_factory.mktemp("base") / "tiny-sdxl")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def sd1_inpaint_folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random inpainting base of Stable Diffusion 1.x; only to be read."""
-    folder: Path = models.tiny_sd1(tmp_path_factory.mktemp("base") / "tiny-sd1-inpaint", in_channels=9)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def sdxl_inpaint_folder(models: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random inpainting base of Stable Diffusion XL; only to be read."""
-    folder: Path = models.tiny_sdxl(tmp_path_factory.mktemp("base") / "tiny-sdxl-inpaint", in_channels=9)
-    return folder
+sd1_folder = _base("tiny-sd1", "tiny_sd1")
+sd2_folder = _base("tiny-sd2", "tiny_sd2")  # with v-prediction
+sdxl_folder = _base("tiny-sdxl", "tiny_sdxl")
+sd1_inpaint_folder = _base("tiny-sd1-inpaint", "tiny_sd1", in_channels=9)
+sdxl_inpaint_folder = _base("tiny-sdxl-inpaint", "tiny_sdxl", in_channels=9)
 
 
 @pytest.fixture(scope="session")

@@ -30,6 +30,7 @@ from tuner.progress import say
 from tuner.recipe import Recipe, micro_batch
 from tuner.sample import Sampler
 from tuner.task import Task
+from tuner.text import cut_line
 
 VERSIONS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
@@ -116,7 +117,10 @@ def _samples(
         classes = prior.samples(about, sampler, wanted.cache)
     beside = None if about is None else Beside(len(samples), len(classes), about.weight)
     plan = Plan(times, recipe.train.batch_size, recipe.train.seed, beside)
-    _check_captions(task.each(), samples, wanted.captions)
+    captions = set().union(*(wanted.captions.every(sample.captions) for sample in samples))
+    _check_captions(task.each(), captions)
+    if task.family.text_encoders and (line := cut_line(captions, task.family.tokenize, recipe.base.windows)):
+        say(line)
     if about is not None:  # last, as it takes long
         prior.draw(about, sampler, classes)
         accelerator.wait_for_everyone()
@@ -281,9 +285,8 @@ def _heldout(
     return assemble.feed(samples[:looked], wanted.plain(), family, hashes)
 
 
-def _check_captions(methods: list[Method], samples: list[Sample], rule: CaptionRule) -> None:
+def _check_captions(methods: list[Method], captions: set[str]) -> None:
     """Raises UserError with the list of captions that a method cannot learn from."""
-    captions = set().union(*(rule.every(s.captions) for s in samples))
     for method in methods:
         if wrong := method.check_captions(captions):
             shown = "".join(f"\n  {caption!r}" for caption in wrong[:10])

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tuner.errors import UserError
 
@@ -97,3 +98,16 @@ def _loaded(name: str, place: Path, how: dict[str, Any]) -> nn.Module:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"base {place.parent}: the component {name} does not load: {error}") from error
     return loaded
+
+
+def misfit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:
+    """The first name or shape that differs from a network's, and how many do; None where none does."""
+    wrong = dict.fromkeys(tensors.keys() - wanted.keys(), "has no place in it")
+    wrong |= dict.fromkeys(wanted.keys() - tensors.keys(), "is missing")
+    for name in wanted.keys() & tensors.keys():
+        if tensors[name].shape != wanted[name].shape:
+            wrong[name] = f"is {list(tensors[name].shape)}, expected {list(wanted[name].shape)}"
+    if not wrong:
+        return None
+    name = min(wrong)
+    return f"{name} {wrong[name]} ({len(wrong)} of {len(wanted)} tensors differ)"

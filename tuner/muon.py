@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,12 +44,9 @@ class Muon(Optimizer):
         super().__init__(params, options)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient; closures are not taken."""
+        assert closure is None
         for group in self.param_groups:
             matrices: dict[Any, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -62,7 +59,6 @@ class Muon(Optimizer):
                     self._adamw(parameter, group)
             for alike in matrices.values():
                 self._orthogonal(alike, group)
-        return loss
 
     def _orthogonal(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """The step of matrices of one shape, all at once."""

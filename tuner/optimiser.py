@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch.optim import Optimizer
@@ -17,17 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tuner.errors import UserError
 from tuner.lion import Lion
 from tuner.muon import Muon
-
-Schedule = Literal[
-    "constant",
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "rex",
-    "inverse_sqrt",
-    "piecewise_constant",
-]
+from tuner.training import Schedule
 
 
 class Packaged(NamedTuple):

@@ -317,14 +317,8 @@ def _without_weights(name: str, source: Path) -> tuple[nn.Module, dict[str, Any]
 
 def _check(problem: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Raises UserError where names or shapes differ from the network's."""
-    wrong = dict.fromkeys(tensors.keys() - wanted.keys(), "has no place")
-    wrong |= dict.fromkeys(wanted.keys() - tensors.keys(), "is missing")
-    for name in wanted.keys() & tensors.keys():
-        if tensors[name].shape != wanted[name].shape:
-            wrong[name] = f"is {list(tensors[name].shape)}, not {list(wanted[name].shape)}"
-    if wrong:
-        name = min(wrong)
-        raise UserError(f"{problem}: {name} {wrong[name]} ({len(wrong)} of {len(wanted)} tensors differ)")
+    if differs := components.misfit(tensors, wanted):
+        raise UserError(f"{problem}: {differs}")
 
 
 def _write_scheduler(source: Path, folder: Path, about: Checkpoint) -> None:

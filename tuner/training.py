@@ -15,6 +15,16 @@ from tuner.blocks import Interval, Positive, Share, Text
 Betas = Annotated[tuple[float, float], Field(strict=False)]
 Range = Annotated[tuple[int, int], Field(strict=False)]
 Piece = Annotated[tuple[int, float], Field(strict=False)]
+Schedule = Literal[
+    "constant",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "rex",
+    "inverse_sqrt",
+    "piecewise_constant",
+]
 
 
 class Objective(Block):
@@ -171,16 +181,7 @@ class Train(Block):
         gt=0, description="the highest learning rate, per optimiser step; 1 for prodigy, which finds its own"
     )
     optimiser: Optimiser = Field(Optimiser(), description="the optimiser's name and numbers")
-    schedule: Literal[
-        "constant",
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "polynomial",
-        "rex",
-        "inverse_sqrt",
-        "piecewise_constant",
-    ] = Field("constant", description="learning rate after warm-up")
+    schedule: Schedule = Field("constant", description="learning rate after warm-up")
     schedule_end: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="share of the learning rate that a falling schedule ends at"
     )

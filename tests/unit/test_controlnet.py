@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,16 +30,9 @@ FOLDER = "diffusers/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
-def make(folders: dict[str, Path], models: ModuleType) -> Make:
+def make(make_method: Callable[..., Any]) -> Make:
     """The method on a fresh tiny base, which it keeps as `family`."""
-
-    def made(base: str = "sd1", seed: int = 3, **config: Any) -> ControlNet:
-        family = models.family_of(folders[base], "controlnet")
-        method = ControlNet(Config(**config), family, seed)
-        object.__setattr__(method, "family", family)
-        return method
-
-    return made
+    return partial(make_method, "controlnet")
 
 
 def export(method: Any, folder: Path, models: ModuleType, dtype: torch.dtype = torch.float16) -> list[Path]:

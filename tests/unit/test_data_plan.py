@@ -12,6 +12,7 @@ from tuner.data.plan import Beside, Plan, share
 from tuner.errors import UserError
 
 REPEATS = st.lists(st.integers(0, 3), min_size=1, max_size=25).filter(any)
+FEW = st.integers(1, 4)
 
 
 @given(repeats=REPEATS, data=st.data(), seed=st.integers(0, 10), epoch=st.integers(0, 5))
@@ -35,12 +36,7 @@ def test_an_epoch_has_every_sample_as_often_as_it_repeats(
     assert any(slot.weight for slot in plan.step(steps[-1]))
 
 
-@given(
-    micro=st.integers(1, 4),
-    accumulate=st.integers(1, 4),
-    processes=st.integers(1, 4),
-    step=st.integers(0, 20),
-)
+@given(micro=FEW, accumulate=FEW, processes=FEW, step=st.integers(0, 20))
 def test_the_shares_of_a_step_are_the_step_in_order(
     micro: int, accumulate: int, processes: int, step: int
 ) -> None:

@@ -36,11 +36,14 @@ def controlnet(options: dict[str, Any], device: str = "cpu") -> ControlNetModel:
         return ControlNetModel(**options)
 
 
-def check_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert sorted(left) == sorted(right)
-    for key, tensor in left.items():
-        assert tensor.shape == right[key].shape, key
-        assert tensor is right[key] or (not tensor.is_meta and torch.equal(tensor, right[key])), key
+def unequal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    """The keys that one side lacks, or whose tensors differ in shape or value."""
+    return sorted(left.keys() ^ right.keys()) + [
+        key
+        for key in sorted(left.keys() & right.keys())
+        if left[key].shape != right[key].shape
+        or not (left[key] is right[key] or (not left[key].is_meta and torch.equal(left[key], right[key])))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -57,10 +60,10 @@ def test_controlnet_names_are_those_that_diffusers_converts(
     assert len(named) == len(state) == (keys or len(state)) > 100
     assert all(key.startswith("control_model.") for key in named)
     # The values are not touched: the same tensor objects come back under the old names.
-    check_equal(convert_controlnet_checkpoint(dict(named), model.config), state)
-    check_equal(cldm.from_cldm(named, model.config), state)
+    assert unequal(convert_controlnet_checkpoint(dict(named), model.config), state) == []
+    assert unequal(cldm.from_cldm(named, model.config), state) == []
     bare = {key.removeprefix(cldm.PREFIX): value for key, value in named.items()}
-    check_equal(cldm.from_cldm(bare, model.config), state)
+    assert unequal(cldm.from_cldm(bare, model.config), state) == []
 
 
 def test_order_of_the_layers_in_sd15() -> None:
@@ -97,7 +100,7 @@ def test_diffusers_loads_the_single_file(tmp_path: Path) -> None:
     loaded = ControlNetModel.from_single_file(
         str(path), config=str(tmp_path / "diffusers"), local_files_only=True
     )
-    check_equal(loaded.state_dict(), model.state_dict())
+    assert unequal(loaded.state_dict(), model.state_dict()) == []
 
 
 def test_faults_are_named() -> None:
@@ -125,8 +128,8 @@ def test_unet_names_are_those_that_diffusers_converts(layers: int, keys: int | N
     named = cldm.rename(state, cldm.unet_names(model.config))
     assert len(named) == len(state) == (keys or len(state)) > 300
     checkpoint = {f"model.diffusion_model.{key}": value for key, value in named.items()}
-    check_equal(convert_ldm_unet_checkpoint(checkpoint, dict(model.config)), state)
-    check_equal(cldm.rename(named, cldm.inverse(cldm.unet_names(model.config))), state)
+    assert unequal(convert_ldm_unet_checkpoint(checkpoint, dict(model.config)), state) == []
+    assert unequal(cldm.rename(named, cldm.inverse(cldm.unet_names(model.config))), state) == []
 
 
 @pytest.mark.parametrize(
@@ -152,12 +155,12 @@ def test_every_family_at_full_size(
     state = unet.state_dict()
     named = cldm.rename(state, cldm.unet_names(unet.config))
     checkpoint = {f"model.diffusion_model.{key}": value for key, value in named.items()}
-    check_equal(convert_ldm_unet_checkpoint(checkpoint, dict(unet.config)), state)
-    check_equal(cldm.rename(named, cldm.inverse(cldm.unet_names(unet.config))), state)
+    assert unequal(convert_ldm_unet_checkpoint(checkpoint, dict(unet.config)), state) == []
+    assert unequal(cldm.rename(named, cldm.inverse(cldm.unet_names(unet.config))), state) == []
     clone = branch.state_dict()
     control = cldm.to_cldm(clone, branch.config)
     assert (len(named), len(control)) == keys
-    check_equal(cldm.from_cldm(control, branch.config), clone)
+    assert unequal(cldm.from_cldm(control, branch.config), clone) == []
     # The branch is the UNet's own beginning: what they share has the same names in both layouts.
     bare = {key.removeprefix(cldm.PREFIX): value for key, value in control.items()}
     shared = {key: value for key, value in bare.items() if key in named}
@@ -206,8 +209,8 @@ def test_controlnet_of_every_family(folders: dict[str, Path], family: str, linea
     # diffusers converts all but SDXL's label_emb.
     known = {key: value for key, value in state.items() if not key.startswith("add_embedding.")}
     assert len(state) - len(known) == (4 if family == "sdxl" else 0)
-    check_equal(convert_controlnet_checkpoint(dict(named), branch.config), known)
-    check_equal(cldm.from_cldm(named, branch.config), state)
+    assert unequal(convert_controlnet_checkpoint(dict(named), branch.config), known) == []
+    assert unequal(cldm.from_cldm(named, branch.config), state) == []
     if family == "sdxl":
         with pytest.raises(cldm.LayoutError, match=r"label_emb\.0\.0 is missing"):
             cldm.to_cldm(known, branch.config)

@@ -59,14 +59,19 @@ def configs_of(networks: dict[str, Any]) -> Configs:
     }
 
 
-def check_equal(left: Parts, right: Parts) -> None:
-    assert sorted(left) == sorted(right)
-    for name, tensors in left.items():
-        assert sorted(tensors) == sorted(right[name]), name
-        assert len(tensors) > 30
-        for key, tensor in tensors.items():
-            assert tensor.dtype == right[name][key].dtype
-            assert torch.equal(tensor, right[name][key]), key
+def unequal(left: Parts, right: Parts) -> list[str]:
+    """The components, and tensors as component.key, that one side lacks or that differ in type or value."""
+    assert all(len(tensors) > 30 for tensors in left.values())
+    found = sorted(left.keys() ^ right.keys())
+    for name in sorted(left.keys() & right.keys()):
+        one, other = left[name], right[name]
+        differ = [
+            key
+            for key in one.keys() & other.keys()
+            if one[key].dtype != other[key].dtype or not torch.equal(one[key], other[key])
+        ]
+        found += [f"{name}.{key}" for key in sorted([*differ, *(one.keys() ^ other.keys())])]
+    return found
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -81,7 +86,7 @@ def test_there_and_back_is_exact(bases: dict[str, Path], name: str) -> None:
     added = 12 + 1 if family == "sd2" else 0  # the block that passes on, and text_projection
     assert len(whole) == sum(map(len, parts.values())) - fused + added
     assert all(key.startswith(tuple(original.PLACES[family].values())) for key in whole)
-    check_equal(original.from_original(whole, configs, family), parts)
+    assert unequal(original.from_original(whole, configs, family), parts) == []
     again = original.to_original(original.from_original(whole, configs, family), configs, family)
     assert sorted(again) == sorted(whole)
     assert all(torch.equal(again[key], whole[key]) for key in whole)
@@ -141,7 +146,7 @@ def test_diffusers_reads_the_file(bases: dict[str, Path], name: str, tmp_path: P
         str(path), config=str(bases[name]), local_files_only=True, torch_dtype=torch.float32
     )
     found = {part: getattr(loaded, part).state_dict() for part in original.PLACES[family]}
-    check_equal(found, parts)
+    assert unequal(found, parts) == []
 
 
 def test_the_added_block_passes_its_input_on(bases: dict[str, Path]) -> None:
@@ -209,7 +214,7 @@ def test_an_sdxl_that_predicts_v_is_marked(bases: dict[str, Path]) -> None:
     ):
         whole = original.to_original(parts, {**configs, "scheduler": scheduler}, "sdxl")
         assert set(whole) - set(plain) == markers
-        check_equal(original.from_original(whole, configs, "sdxl"), parts)
+        assert unequal(original.from_original(whole, configs, "sdxl"), parts) == []
 
 
 def test_variants_in_the_wild_are_read(bases: dict[str, Path]) -> None:
@@ -222,14 +227,14 @@ def test_variants_in_the_wild_are_read(bases: dict[str, Path]) -> None:
     assert sum(whole[key].shape != old.get(key, whole[key]).shape for key in whole) == 8
     old[f"{place}embeddings.position_ids"] = torch.arange(77)[None]
     old["first_stage_model.loss.logvar"] = torch.zeros(())
-    check_equal(original.from_original(old, configs, "sd1"), parts)
+    assert unequal(original.from_original(old, configs, "sd1"), parts) == []
     # SD2 written by others: without the last block, the projection and the scale.
     parts, configs = parts_of(bases["sd2"], "sd2")
     whole = original.to_original(parts, configs, "sd2")
     layers = configs["text_encoder"]["num_hidden_layers"]
     fewer = {k: v for k, v in whole.items() if not re.search(rf"resblocks\.{layers}\.|text_proj|logit", k)}
     assert len(whole) - len(fewer) == 14
-    check_equal(original.from_original(fewer, configs, "sd2"), parts)
+    assert unequal(original.from_original(fewer, configs, "sd2"), parts) == []
 
 
 def test_faults_are_named(bases: dict[str, Path]) -> None:

@@ -133,17 +133,18 @@ def arguments(mode: str, part: str, conditions: int) -> dict[str, Any]:
     return call
 
 
-def same(found: Pictures, wanted: Pictures) -> None:
-    """Equal but for the rounding of the last step to 256 values, and no mere grey.
+def difference(found: Pictures, wanted: Pictures) -> int:
+    """The largest one of a value, 0 to 255; asserts that values differ rarely and no picture is mere grey.
 
-    The tiny autoencoder makes much of the rounding in an all-grey picture, which inpainting bases are shown.
+    1 is the rounding of the last step to 256 values. The tiny autoencoder makes much of the rounding in an
+    all-grey picture, which inpainting bases are shown.
     """
     assert len(found) == len(wanted) == 2
     for has, wants in zip(found, wanted, strict=True):
         assert has.shape == wants.shape == (SIZE[1], SIZE[0], 3)
-        assert int(np.abs(has.astype(int) - wants).max()) <= 1
         assert (has != wants).mean() < 0.1 and has.std() > 5
     assert np.abs(found[0].astype(int) - found[1]).max() > 10
+    return max(int(np.abs(has.astype(int) - wants).max()) for has, wants in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "mask"])
@@ -152,7 +153,7 @@ def test_parity(base: str, mode: str, folders: dict[str, Path], models: ModuleTy
     family = models.family_of(folders[base], "lora")
     how = How("ddim", STEPS, GUIDANCE, 1.0 if mode == "text" else STRENGTH)
     drawer = Drawer(family, [], shown(mode), how)
-    same(drawn(drawer, PROMPTS, SEEDS), plain(base, mode, "ddim"))
+    assert difference(drawn(drawer, PROMPTS, SEEDS), plain(base, mode, "ddim")) <= 1
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_parity_with_two_control_nets(
     how = How("ddim", STEPS, GUIDANCE, 1.0 if mode == "text" else STRENGTH, "both", scales)
     drawer = Drawer(family, nets(base), shown(mode, 2), how)
     wanted = plain(base, mode, "ddim", nets(base), controlnet_conditioning_scale=list(scales))
-    same(drawn(drawer, PROMPTS, SEEDS), wanted)
+    assert difference(drawn(drawer, PROMPTS, SEEDS), wanted) <= 1
     alone = Drawer(
         family, nets(base)[:1], shown(mode, 1), How("ddim", STEPS, GUIDANCE, how.strength, "both", (1.0,))
     )
@@ -187,7 +188,7 @@ def test_parity_of_every_sampler(
     with torch.no_grad():
         *texts, wrong = (family.encode_prompts(family.tokenize([p])) for p in (*PROMPTS, NEGATIVE))
     found = drawer.draw(texts, wrong, SEEDS, lambda: ticks.append(1))
-    same(found, plain(base, mode, sampler))
+    assert difference(found, plain(base, mode, sampler)) <= 1
     assert len(ticks) == drawer.predictions(), "progress ends where it says"
 
 
@@ -199,7 +200,7 @@ def test_logspace_is_the_guess_mode_of_diffusers(
     how = How("ddim", STEPS, GUIDANCE, 1.0, "logspace", (1.0,))
     made = drawn(Drawer(family, nets(base)[:1], shown("text", 1), how), PROMPTS, SEEDS)
     wanted = plain(base, "text", "ddim", nets(base)[:1], controlnet_conditioning_scale=[1.0], guess_mode=True)
-    same(made, wanted)
+    assert difference(made, wanted) <= 1
 
 
 def test_control_in_both_branches_leaves_guidance_nothing_to_do_without_a_prompt(
@@ -228,7 +229,7 @@ def test_a_picture_depends_on_its_own_prompt_and_seed_alone(
     alone = [drawn(drawer, [prompt], [seed])[0] for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
     again = [drawn(drawer, [prompt], [seed])[0] for prompt, seed in zip(PROMPTS, SEEDS, strict=True)]
     assert all(np.array_equal(a, b) for a, b in zip(alone, again, strict=True))
-    same(drawn(drawer, PROMPTS, SEEDS), alone)
+    assert difference(drawn(drawer, PROMPTS, SEEDS), alone) <= 1
 
 
 def test_all_of_draws_in_parts_in_order(folders: dict[str, Path], models: ModuleType) -> None:

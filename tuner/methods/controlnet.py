@@ -246,18 +246,8 @@ def _fill(branch: Any, start: Path) -> None:
         tensors: Mapping[str, Tensor] = bases.weights(start)
     else:
         tensors = _from_file(where, start, public_config(branch))
-    wanted = branch.state_dict()
-    wrong = dict.fromkeys(tensors.keys() - wanted.keys(), "has no place in it")
-    wrong |= dict.fromkeys(wanted.keys() - tensors.keys(), "is missing")
-    for name in wanted.keys() & tensors.keys():
-        if tensors[name].shape != wanted[name].shape:
-            wrong[name] = f"is {list(tensors[name].shape)}, expected {list(wanted[name].shape)}"
-    if wrong:
-        name = min(wrong)
-        raise UserError(
-            f"{where}: no ControlNet of this base and of these conditioning_channels: {name} {wrong[name]} "
-            f"({len(wrong)} of {len(wanted)} tensors differ)"
-        )
+    if differs := components.misfit(tensors, branch.state_dict()):
+        raise UserError(f"{where}: no ControlNet of this base and of these conditioning_channels: {differs}")
     branch.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
 
 
