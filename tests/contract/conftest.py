@@ -78,6 +78,7 @@ SD1 = (
     Case("full", frozen=False),
     Case("autoencoder", frozen=False),
     Case("contrastive", frozen=False, divides=False),
+    Case("contrastive", {"text_encoder": False}, frozen=False, divides=False),
 )
 TWO_WORDS = {
     "tokens": [

@@ -27,6 +27,9 @@ class Config(Block):
     """The recipe's block."""
 
     temperature: float = Field(0.07, gt=0, description="the temperature that the similarities start with")
+    text_encoder: bool = Field(
+        True, description="false: the text encoder stays, and the image encoder learns to agree with it"
+    )
 
 
 class Contrastive(Method):
@@ -48,7 +51,7 @@ class Contrastive(Method):
     def __init__(self, config: Config, family: Family, seed: int) -> None:
         super().__init__(config, family, seed)
         networks: Any = family.modules()
-        self.text_encoder = networks["text_encoder"].requires_grad_(True)
+        self.text_encoder = networks["text_encoder"].requires_grad_(config.text_encoder)
         self.image_encoder = networks["image_encoder"].requires_grad_(True)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
         # The last hidden state behind the vision tower's pooled token is not used by CLIP.
@@ -58,6 +61,11 @@ class Contrastive(Method):
             raise UserError(
                 f"image_encoder/config.json: projection_dim {joint} is not the text encoder's width {width}"
             )
+
+    def networks(self) -> dict[str, nn.Module]:
+        """What is trained, by component name."""
+        trained: dict[str, nn.Module] = {"text_encoder": self.text_encoder} if self.config.text_encoder else {}
+        return trained | {"image_encoder": self.image_encoder}
 
     def loss(self, family: Family, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The symmetric InfoNCE loss of each sample [B]; needs the whole step's batch at once."""
@@ -86,9 +94,9 @@ class Contrastive(Method):
         return F.normalize(self.image_encoder(pixels).image_embeds.float(), dim=-1)
 
     def export(self, family: Family, folder: Path, card: Card) -> list[Path]:
-        """The component folders `diffusers/text_encoder` and `diffusers/image_encoder`."""
+        """The component folders `diffusers/text_encoder`, where it is trained, and `diffusers/image_encoder`."""
         files = []
-        for name, module in (("text_encoder", self.text_encoder), ("image_encoder", self.image_encoder)):
+        for name, module in self.networks().items():
             tensors = card.cast(module.state_dict())
             header = card.header(self.kind, tensors)
             place = folder / "diffusers" / name

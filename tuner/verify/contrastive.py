@@ -15,7 +15,7 @@ from tuner.verify.scene import PROMPTS, Scene
 
 
 def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> dict[Path, str]:
-    """Prove `diffusers/text_encoder/` and `diffusers/image_encoder/`.
+    """Prove `diffusers/image_encoder/`, and `diffusers/text_encoder/` where it was trained.
 
     Raises:
         VerifyError: a folder's tensors, configuration or outputs are not the trained encoder's.
@@ -24,13 +24,12 @@ def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> di
     side = int(method.image_encoder.config.image_size)
     ids = scene.family.tokenize(PROMPTS).to(scene.family.device).ids[:, 0]
     pixels = F.interpolate(scene.picture, (side, side)) * 2 - 1
-    inputs = {"text_encoder": ids, "image_encoder": pixels}
+    of = {"text_encoder": (ids, "last_hidden_state"), "image_encoder": (pixels, "image_embeds")}
     lines: dict[Path, str] = {}
-    for name, output in (("text_encoder", "last_hidden_state"), ("image_encoder", "image_embeds")):
-        path = one(files, f"diffusers/{name}/model.safetensors")
-        trained = getattr(method, name)
+    for name, trained in method.networks().items():
+        path, (inputs, output) = one(files, f"diffusers/{name}/model.safetensors"), of[name]
         loaded, count = read_back(path, trained, card)
-        found, wanted = (getattr(network(inputs[name]), output) for network in (loaded, trained))
+        found, wanted = (getattr(network(inputs), output) for network in (loaded, trained))
         error = same_output(f"{folder_name(path)}: the output", found, wanted, card.dtype)
         lines[path] = (
             f"{folder_name(path)}: all {count} tensors loaded by transformers; "
