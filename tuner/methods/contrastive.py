@@ -64,8 +64,8 @@ class Contrastive(Method):
 
     def networks(self) -> dict[str, nn.Module]:
         """What is trained, by component name."""
-        trained: dict[str, nn.Module] = {"text_encoder": self.text_encoder} if self.config.text_encoder else {}
-        return trained | {"image_encoder": self.image_encoder}
+        trained: dict[str, nn.Module] = {"image_encoder": self.image_encoder}
+        return trained | ({"text_encoder": self.text_encoder} if self.config.text_encoder else {})
 
     def loss(self, family: Family, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The symmetric InfoNCE loss of each sample [B]; needs the whole step's batch at once."""
@@ -94,7 +94,7 @@ class Contrastive(Method):
         return F.normalize(self.image_encoder(pixels).image_embeds.float(), dim=-1)
 
     def export(self, family: Family, folder: Path, card: Card) -> list[Path]:
-        """The component folders `diffusers/text_encoder`, where it is trained, and `diffusers/image_encoder`."""
+        """Component folders: `diffusers/image_encoder` and, where it is trained, `diffusers/text_encoder`."""
         files = []
         for name, module in self.networks().items():
             tensors = card.cast(module.state_dict())
