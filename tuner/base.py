@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import tuner.families
-from tuner import single_file
+from tuner import hub, single_file
 from tuner.components import config_of
 from tuner.data.cache import Hashes
 from tuner.errors import UserError
@@ -52,7 +52,7 @@ def load(
         raise UserError(f"base.revision: {revision} has no effect: {path} is here, and not a Hub id")
     _check(options, needs)
     cache = hashes.place.parent
-    folder = _folder(path, revision, cache)
+    folder = _folder(path, revision, cache, needs, new, options.vae is not None)
     if options.vae is not None and options.vae.is_file():
         options = replace(options, vae=single_file.autoencoder_folder(options.vae, cache, folder) / "vae")
     kind = importlib.import_module(f"tuner.families.{recognise(folder)}").FAMILY
@@ -140,7 +140,15 @@ def component_digest(place: Path, hashes: Hashes) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _folder(path: str, revision: str | None, cache: Path) -> Path:
+def _folder(
+    path: str,
+    revision: str | None,
+    cache: Path,
+    needs: Sequence[str],
+    new: Sequence[str],
+    own_vae: bool,
+) -> Path:
+    """The diffusers folder of a base, wherever it is."""
     if path == "embedded":
         return EMBEDDED
     local = Path(path)
@@ -154,17 +162,7 @@ def _folder(path: str, revision: str | None, cache: Path) -> Path:
             f"base.path: {path}: no such folder or file "
             "(expected embedded, a diffusers folder, a .safetensors checkpoint, or a Hub id)"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    wanted = ["*/config.json", "*.json", "tokenizer/*", "*/*.safetensors", "scheduler/*"]
-    try:
-        return Path(
-            snapshot_download(
-                path, revision=revision, allow_patterns=wanted, ignore_patterns=["*.fp16.*", "*non_ema*"]
-            )
-        )
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"base.path: {path}: neither a folder here nor to be had from the Hub: {error}"
-        ) from error
+    without = {*new, *(["vae"] if own_vae else [])}
+    folder = hub.fetch(path, revision, hub.patterns(needs, without))
+    hub.check(path, folder, needs, without)
+    return folder

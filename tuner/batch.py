@@ -35,6 +35,7 @@ class Batch:
     input_noise: Tensor | None = None  # [B, C, h, w], the noise of x_t where it is not `noise`
     sizes: Tensor | None = None  # [B, 6] pixels: original height, width; crop's top, left; height, width
     hole: Tensor | None = None  # [B, 1, H, W], 1 where an inpainting base is to fill the picture, else 0
+    mask: Tensor | None = None  # [B, 1, h, w] >= 0, how much each place of the latents counts in the loss
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""
@@ -65,4 +66,5 @@ class Batch:
             input_noise=some(self.input_noise),
             sizes=some(self.sizes),
             hole=some(self.hole),
+            mask=some(self.mask),
         )

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from tuner.block import Block, Conflict, OneOrMore
+from tuner.data.caption_block import Captions
 
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -61,25 +62,6 @@ class Source(Block):
 
 
 Sources = Annotated[list[Source], OneOrMore()]
-
-
-class Captions(Block):
-    """How the captions of a picture become the one it is trained with."""
-
-    drop: Share | None = Field(
-        None, description="share of captions made empty, 0 to 1; null: the method's own"
-    )
-    prefix: str = Field("", description="text put before every caption")
-    templates: list[str] = Field([], description="sentences with one {} each, where the caption is put in")
-    choose: Literal["any", "first"] = Field("any", description="which of a picture's several captions")
-
-    def conflicts(self) -> Iterator[Conflict]:
-        """Templates without a place for the caption, or with several."""
-        for i, template in enumerate(self.templates):
-            if (count := template.count("{}")) != 1:
-                yield Conflict(
-                    (f"templates.{i}",), f"found {count} times {{}} in '{template}', expected it once"
-                )
 
 
 class Data(Block):
@@ -137,6 +119,15 @@ class Export(Block):
         None, description="stem of the files: letters, digits, _ - and .; null: the recipe's file stem"
     )
     dtype: Literal["fp16", "fp32", "bf16"] = Field("fp16", description="precision of the exported weights")
+    licence: Text | None = Field(
+        None, description="what the files say of their licence, best as the Hub calls it: apache-2.0 ..."
+    )
+    trigger: Text | None = Field(
+        None, description="words for prompts that the files tell; null: new words, where they are trained"
+    )
+    tag_frequency: bool = Field(
+        False, description="tell in a LoRA's file how often each tag is in the captions"
+    )
 
 
 class Logging(Block):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -12,10 +13,9 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
-from tuner import __version__, base, device, loop, prior
-from tuner.data import assemble
+from tuner import __version__, base, device, loop, prior, verify
+from tuner.data import assemble, caption_check
 from tuner.data.cache import Hashes, default_folder
-from tuner.data.captions import CaptionRule
 from tuner.data.loader import Division, Feed
 from tuner.data.noise import Draws
 from tuner.data.plan import Beside, Plan
@@ -30,31 +30,19 @@ from tuner.progress import say
 from tuner.recipe import Recipe, micro_batch
 from tuner.sample import Sampler
 from tuner.task import Task
-from tuner.text import cut_line
 
 VERSIONS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
 def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
     """Everything a run needs before its first step."""
-    seed = recipe.train.seed
     processes, rank = accelerator.num_processes, accelerator.process_index
     micro_batch(recipe, processes)
-    hashes = Hashes(_cache(recipe) or default_folder())
-    kinds = {name: importlib.import_module(f"tuner.methods.{name}").METHOD for name in recipe.method}
-    needs = sorted({need for kind in kinds.values() for need in kind.NEEDS})
-    _check_quantised(recipe, needs, {name for kind in kinds.values() for name in kind.TRAINS})
-    options = _options(recipe, accelerator)
-    asked = recipe.base
-    family = base.load(asked.path, asked.revision, asked.new, needs, seed, hashes, options)
-    family.to(accelerator.device)
-    methods: list[Method] = [kind(recipe.method[name], family, seed) for name, kind in kinds.items()]
-    _check_size(recipe, family)
-    _check_uses(recipe, methods)
+    hashes = remembered(recipe)
+    task = adapted(recipe, accelerator, hashes)
+    family, methods = task.family, task.each()
     loop.build_optimiser(methods, recipe.train)  # now, because a mistake is told before anything is written
 
-    objective = _objective(recipe, family)
-    task = Task(family, methods, objective).to(accelerator.device)
     wanted = _wanted(recipe, methods, accelerator)
     samples, plan = _samples(recipe, task, wanted, accelerator)
     data = assemble.feed(samples, wanted, family, hashes)
@@ -63,11 +51,7 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
         # All of a network of which a part is trained stays in float32.
         family.cast(device.DTYPES[accelerator.mixed_precision], task.parameters())
     steps = recipe.train.steps or (recipe.train.epochs or 0) * plan.steps_per_epoch
-    digests: dict[str, Any] = {"base": family.digests, "data": assemble.digest(samples, hashes)}
-    begins = {key: path for method in methods for key, path in method.depends().items()}
-    if begins:
-        found = hashes.of(begins.values())
-        digests["start"] = {key: found[path] for key, path in begins.items()}
+    digests = {**origins(task, hashes), "data": assemble.digest(samples, hashes)}
     fingerprint = {
         "recipe": recipe.decisive(),
         # Other names than the recipe's own keys, among which these stand in a checkpoint.
@@ -90,8 +74,38 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
         recipe.data.workers or 0,
         Path(recipe.output),
         fingerprint,
-        _card(recipe, family, objective, methods, digests),
+        card(recipe, task, digests, versions(), tags(recipe, samples)),
     )
+
+
+def remembered(recipe: Recipe) -> Hashes:
+    """Where content hashes are remembered, and beside them what was made of a base."""
+    return Hashes(_cache(recipe) or default_folder())
+
+
+def adapted(recipe: Recipe, accelerator: Accelerator, hashes: Hashes) -> Task:
+    """The base with the methods on it, as they begin, and their objective; no data is looked at."""
+    seed = recipe.train.seed
+    kinds = {name: importlib.import_module(f"tuner.methods.{name}").METHOD for name in recipe.method}
+    needs = sorted({need for kind in kinds.values() for need in kind.NEEDS})
+    _check_quantised(recipe, needs, {name for kind in kinds.values() for name in kind.TRAINS})
+    options = _options(recipe, accelerator, kinds)
+    asked = recipe.base
+    family = base.load(asked.path, asked.revision, asked.new, needs, seed, hashes, options)
+    family.to(accelerator.device)
+    methods: list[Method] = [kind(recipe.method[name], family, seed) for name, kind in kinds.items()]
+    _check_size(recipe, family)
+    _check_uses(recipe, methods)
+    verify.check_names(recipe.name, family, methods)
+    return Task(family, methods, _objective(recipe, family)).to(accelerator.device)
+
+
+def origins(task: Task, hashes: Hashes) -> dict[str, Any]:
+    """Digests of what training begins from besides the data: the base's files, and those of recipe's keys."""
+    begins = {key: path for method in task.each() for key, path in method.depends().items()}
+    found = hashes.of(begins.values())
+    start = {"start": {key: found[path] for key, path in begins.items()}} if begins else {}
+    return {"base": task.family.digests, **start}
 
 
 def _objective(recipe: Recipe, family: Family) -> Objective:
@@ -117,9 +131,8 @@ def _samples(
         classes = prior.samples(about, sampler, wanted.cache)
     beside = None if about is None else Beside(len(samples), len(classes), about.weight)
     plan = Plan(times, recipe.train.batch_size, recipe.train.seed, beside)
-    captions = set().union(*(wanted.captions.every(sample.captions) for sample in samples))
-    _check_captions(task.each(), captions)
-    if task.family.text_encoders and (line := cut_line(captions, task.family.tokenize, recipe.base.windows)):
+    tokenize = task.family.tokenize if task.family.text_encoders else None
+    if line := caption_check.check(samples, wanted.captions, task.each(), tokenize, recipe.base.windows):
         say(line)
     if about is not None:  # last, as it takes long
         prior.draw(about, sampler, classes)
@@ -154,15 +167,22 @@ def _kind(family: Family, task: Task) -> str:
     return ", ".join(words)
 
 
-def _options(recipe: Recipe, accelerator: Accelerator) -> Options:
+def _options(recipe: Recipe, accelerator: Accelerator, kinds: Mapping[str, type[Method]]) -> Options:
     """How the recipe wants the base."""
     about = recipe.base
+    precision = device.DTYPES.get(accelerator.mixed_precision, torch.float32)
+    exact = {part for name, kind in kinds.items() for part in kind.exact(recipe.method[name])}
+    branch = recipe.method.get("controlnet")
+    if any(getattr(branch, key, None) is not None for key in ("unlock_decoder_at", "rank")):
+        exact.add("unet")  # its decoder is trained, or its weights are a part of the branch
     return Options(
         vae=None if about.vae is None else Path(about.vae),
         clip_skip=about.clip_skip,
         windows=about.windows,
         quantise=about.quantise,
-        compute=device.DTYPES.get(accelerator.mixed_precision, torch.float32),
+        compute=precision,
+        hold=precision,
+        exact=tuple(sorted(exact)),
     )
 
 
@@ -227,6 +247,13 @@ def _check_uses(recipe: Recipe, methods: list[Method]) -> None:
         )
     if {"lora", "textual_inversion"} <= recipe.method.keys():  # they are exported in one file, too
         embedding.check_bundle(word.token for word in cast(Any, recipe.method["textual_inversion"]).words())
+    if recipe.export.trigger is not None and not (
+        pictures and any(method.kind != "textual_inversion" for method in methods)
+    ):
+        why = "its words are" if pictures else "it is told no words, so nothing is"
+        problems.append(f"export.trigger: method {names}: {why} the trigger; set null")
+    if recipe.export.tag_frequency and not any(method.kind == "lora" for method in methods):
+        problems.append(f"export.tag_frequency: a LoRA's file tells it, of method {names} none; set false")
     if recipe.evaluate.samples and not (pictures and measured(list(recipe.method))):
         problems.append(f"evaluate.samples: there are no measures for method {names}; set 0")
     if problems:
@@ -242,14 +269,10 @@ def _cache(recipe: Recipe) -> Path | None:
 
 def _wanted(recipe: Recipe, methods: list[Method], accelerator: Accelerator) -> assemble.Wanted:
     """What the run asks of its data."""
-    about = recipe.data.captions
-    drops = [method.DROP_CAPTIONS for method in methods]
     kinds = [kind for kind in (method.condition for method in methods) if kind is not None]
-    captions = CaptionRule(
-        about.choose,
-        tuple(about.templates) or tuple(line for method in methods for line in method.templates()),
-        about.prefix,
-        min(drops) if about.drop is None else about.drop,
+    captions = recipe.data.captions.rule(
+        tuple(line for method in methods for line in method.templates()),
+        min(method.DROP_CAPTIONS for method in methods),
         tuple(pair for method in methods for pair in method.replacements()),
     )
     return assemble.Wanted(
@@ -285,26 +308,36 @@ def _heldout(
     return assemble.feed(samples[:looked], wanted.plain(), family, hashes)
 
 
-def _check_captions(methods: list[Method], captions: set[str]) -> None:
-    """Raises UserError with the list of captions that a method cannot learn from."""
-    for method in methods:
-        if wrong := method.check_captions(captions):
-            shown = "".join(f"\n  {caption!r}" for caption in wrong[:10])
-            more = f"\n  ... and {len(wrong) - 10} more" if len(wrong) > 10 else ""
-            raise UserError(
-                f"{len(wrong)} of {len(captions)} captions lack the token that is to be learned:{shown}{more}"
-            )
-
-
 def versions() -> dict[str, str]:
     """The versions of what a run's result depends on."""
     return {"tuner": __version__, **{name: version(name) for name in VERSIONS}}
 
 
-def _card(
-    recipe: Recipe, family: Family, objective: Objective, methods: list[Method], digests: Mapping[str, Any]
+def tags(recipe: Recipe, samples: Sequence[Sample]) -> dict[str, int] | None:
+    """How many captions have each tag, where the export is to tell it; in small letters, as kohya does."""
+    if not recipe.export.tag_frequency:
+        return None
+    asked = recipe.data.captions.tags
+    separator = "," if asked is None else asked.separator
+    captions = (caption for sample in samples if not sample.fixed for caption in sample.captions)
+    found = (tag.strip().lower() for caption in captions for tag in caption.split(separator))
+    return dict(sorted(Counter(tag for tag in found if tag).items()))
+
+
+def card(
+    recipe: Recipe,
+    task: Task,
+    digests: Mapping[str, Any],
+    made_with: Mapping[str, str],
+    frequency: Mapping[str, int] | None,
 ) -> Card:
-    """What the exports say of themselves: no time, host, user, output folder or path."""
+    """What the exports say of themselves: no time, host, user, output folder or path.
+
+    Args:
+        digests: of what `origins` names, and of the data.
+        made_with: versions, as `versions` gives them.
+        frequency: what `tags` gives.
+    """
     return Card(
         recipe.name,
         device.DTYPES[recipe.export.dtype],
@@ -313,17 +346,36 @@ def _card(
                 method.kind,
                 name=recipe.name,
                 recipe_text=metadata.recipe_text(recipe.resolved()),
-                versions=versions(),
-                base_name=family.title,
+                versions=made_with,
+                base_name=task.family.title,
                 base_digest=json.dumps(digests["base"], sort_keys=True),
                 data_digests={source.path: digests["data"] for source in recipe.data.source},
                 extra={
-                    "family": family.name,
-                    "resolution": recipe.data.resolution,
-                    "prediction_type": objective.prediction,
-                    **method.labels(),
+                    "start": digests.get("start", {}),
+                    **_about(recipe, task, method),
+                    **({"tag_frequency": frequency} if frequency and method.kind == "lora" else {}),
                 },
             )
-            for method in methods
+            for method in task.each()
         },
     )
+
+
+def _about(recipe: Recipe, task: Task, method: Method) -> dict[str, Any]:
+    """What one method's exports tell of the base, and how they are meant to be used."""
+    family, asked = task.family, recipe.export
+    words = [found for one in task.each() if (found := one.labels().get("trigger_phrase")) is not None]
+    known = {
+        "clip_skip": recipe.base.clip_skip,
+        "licence": asked.licence,
+        "trigger_phrase": asked.trigger or ", ".join(words) or None,
+    }
+    return {
+        "family": family.name,
+        "resolution": recipe.data.resolution,
+        "prediction_type": task.objective.prediction,
+        "inpainting": family.inpainting,
+        "zero_terminal_snr": bool(family.scheduler_config.get("rescale_betas_zero_snr")),
+        **{key: value for key, value in known.items() if value is not None},
+        **method.labels(),
+    }

@@ -102,6 +102,11 @@ def newest(output: Path) -> State | None:
     return None
 
 
+def steps(output: Path) -> list[int]:
+    """The steps that an output folder has checkpoints of, in their order, damaged ones too."""
+    return sorted(_step(folder) for folder in _folders(output))
+
+
 def at(folder: Path) -> State | None:
     """The checkpoint in a folder; None, and said, where it is missing or damaged."""
     try:

@@ -1,4 +1,4 @@
-"""The command line: `tuner train | sample | report | push | schema`, on files `inspect | verify ...`.
+"""The command line: `tuner train | export | sample | condition | report | push | schema`, `inspect | verify`...
 
 Exit codes: 0 done, 1 a fault of the program (with its traceback), 2 a mistake of the user's (with its text
 alone), 130 stopped by Ctrl-C. What a command needs is imported when it runs, so that `tuner --help` is quick.
@@ -74,6 +74,30 @@ def report(output: Output) -> None:
     from tuner import report as page
 
     print(page.write(output))
+
+
+@app.command("export")
+def export_again(
+    output: Output,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="Only what reads it: kohya, peft, diffusers, comfy, a1111 or cldm."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="fp16, bf16 or fp32; the recipe's if absent.")
+    ] = None,
+    step: Annotated[
+        int | None, typer.Option("--step", help="The checkpoint of this step; the newest if absent.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="A new folder; OUTPUT/export-again... if absent.")
+    ] = None,
+) -> None:
+    """Export a run again, from a checkpoint and the base: another form, precision or step."""
+    from tuner.reexport import Wish
+    from tuner.reexport import export as run
+
+    _tell(run(output, Wish(form, dtype, step, out)))
 
 
 @app.command("inspect")
@@ -157,6 +181,31 @@ def extract(
     from tuner.files.lowrank import Cut
 
     _tell(run(base, tuned, Cut(rank, energy), out))
+
+
+@app.command()
+def condition(
+    picture: Annotated[Path, typer.Argument(metavar="PICTURE", help="What it is made of.")],
+    kind: Annotated[str, typer.Option("--kind", help="canny, scribble, inpaint ...; as in a recipe.")],
+    out: Annotated[Path, typer.Option("--out", help="A .png file.")],
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A parameter, as low=50; may be repeated.", metavar="KEY=VALUE"),
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option("--size", help="Cut out a square of this side, as training does.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of what is drawn at random; 0 if absent.")
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option("--mask", help="With inpaint: a picture, white where the hole is.")
+    ] = None,
+) -> None:
+    """Make the condition picture of a picture, as training makes it."""
+    from tuner.condition import Wish, write
+
+    _tell(write(picture, Wish(kind, tuple(setting or ()), size, seed, mask), out))
 
 
 @app.command()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from tuner.errors import UserError
+
+WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls a component's file, without its ending
+GROUP = 2**28
+"""Bytes that are read of a file at a time, in float32, where its tensors are converted."""
 
 KINDS = {
     "unet": ("diffusers", "UNet2DConditionModel"),
@@ -21,13 +27,90 @@ KINDS = {
 }
 
 
-def load(name: str, place: Path) -> nn.Module:
-    """The network `name` from its folder, in float32 on the CPU.
+def load(name: str, place: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The network `name` from its folder, on the CPU, its tensors in `dtype`.
 
     Raises:
         UserError: there is none, or it does not load.
     """
-    return _loaded(name, place, {"torch_dtype": torch.float32})
+    if dtype != torch.float32 and KINDS[name][0] == "diffusers":
+        narrowed = _narrowed(name, place, dtype)
+        if narrowed is not None:
+            return narrowed
+    return _loaded(name, place, {"torch_dtype": dtype})
+
+
+def _narrowed(name: str, place: Path, dtype: torch.dtype) -> nn.Module | None:
+    """A network of diffusers whose file has other types, without the whole file in memory meanwhile.
+
+    from_pretrained keeps all of the file mapped until the last tensor is converted: with a float32 file the
+    process then holds three times what the network needs. None where it is to be asked all the same: the
+    file has this type, or not just the network's names and shapes.
+    """
+    files = _files(place)
+    _kind(name, place)  # says what is missing
+    state: dict[str, Tensor] = {}
+    try:
+        for path in files:
+            for names in _groups(path, dtype):
+                with safe_open(path, framework="pt") as file:  # opened anew: what was read is let go of
+                    state |= {key: file.get_tensor(key).to(dtype, copy=True) for key in names}
+    except (SafetensorError, OSError):
+        return None
+    if not state:
+        return None
+    with torch.device("meta"):
+        network = fresh(name, place, seed=0)
+    if misfit(state, network.state_dict()) is not None:
+        return None
+    network.load_state_dict(state, assign=True)
+    if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
+        return None
+    return network.eval()
+
+
+def _groups(path: Path, dtype: torch.dtype) -> list[list[str]]:
+    """The tensors of a file, about GROUP bytes each time; none where all of them have this type."""
+    names = {torch.float16: "F16", torch.bfloat16: "BF16"}
+    groups: list[list[str]] = [[]]
+    size, other = 0, False
+    with safe_open(path, framework="pt") as file:
+        for key in file.offset_keys():
+            about = file.get_slice(key)
+            other |= about.get_dtype() != names.get(dtype)
+            if size > GROUP:
+                groups, size = [*groups, []], 0
+            groups[-1].append(key)
+            size += 4 * math.prod(about.get_shape())
+    return groups if other else []
+
+
+def _files(place: Path) -> list[Path]:
+    """The safetensors files of a component of diffusers', whole or in shards; those that are there."""
+    index = place / f"{WEIGHTS}.safetensors.index.json"
+    parts = {f"{WEIGHTS}.safetensors"}
+    if index.is_file():
+        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [place / part for part in sorted(parts) if (place / part).is_file()]
+
+
+def tensors(place: Path, names: Collection[str]) -> dict[str, Tensor]:
+    """Some tensors of a component of diffusers' by name, in float32; of the others nothing is read.
+
+    Raises:
+        UserError: there are no safetensors files, or a name is in none of them.
+    """
+    found: dict[str, Tensor] = {}
+    for path in _files(place):
+        try:
+            with safe_open(path, framework="pt") as file:
+                own = [name for name in file.keys() if name in names]  # noqa: SIM118
+                found |= {name: file.get_tensor(name).float() for name in own}
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read: {error}") from error
+    if lacking := sorted(set(names) - found.keys()):
+        raise UserError(f"{place}: {lacking[0]} is missing ({len(lacking)} of {len(names)} tensors)")
+    return found
 
 
 def load_quantised(name: str, place: Path, scheme: str, compute: torch.dtype) -> nn.Module:

@@ -95,7 +95,8 @@ def _tag(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"literal[{','.join(repr(value) for value in get_args(kind))}]"
     if get_origin(kind) is not None:
-        return f"{get_origin(kind).__name__}[{','.join(_tag(part) for part in get_args(kind))}]"
+        comma = ", " if get_origin(kind) is tuple else ","
+        return f"{get_origin(kind).__name__}[{comma.join(_tag(part) for part in get_args(kind))}]"
     return str(getattr(kind, "__name__", kind))
 
 

@@ -50,6 +50,9 @@ class Options:
         windows: how many windows of 75 tokens a caption has.
         quantise: how the frozen denoiser and text encoders are stored (bitsandbytes).
         compute: what quantised layers compute in.
+        hold: the precision in which the denoiser and the text encoders are loaded.
+        exact: those of them that are loaded in float32 all the same; `text_encoder` stands for all.
+        prediction: what a checkpoint in one file was trained to predict; None: as the file tells or shows.
     """
 
     vae: Path | None = None
@@ -57,6 +60,15 @@ class Options:
     windows: int = 1
     quantise: Literal["nf4", "int8"] | None = None
     compute: torch.dtype = torch.float32
+    hold: torch.dtype = torch.float32
+    exact: tuple[str, ...] = ()
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+
+    def dtype(self, component: str) -> torch.dtype:
+        """What a component is loaded in; the autoencoder always in float32 (SDXL's overflows in float16)."""
+        kind = "text_encoder" if component.startswith("text_encoder") else component
+        lower = kind in ("unet", "text_encoder") and kind not in self.exact
+        return self.hold if lower else torch.float32
 
 
 class Family(ABC):
@@ -65,6 +77,7 @@ class Family(ABC):
     Attributes:
         name: the family's file name, for instance `sd1`.
         version: how the web UIs name the family in a ControlNet's file name, for instance `sd15`.
+        PIPELINES: the part of the names of diffusers' pipelines that is the family's.
         told_sizes: the denoiser is told the picture's size and crop (`Batch.sizes`).
         inpainting: the denoiser is shown what is to be filled, and the rest of the picture.
         options: how it was loaded.
@@ -77,6 +90,7 @@ class Family(ABC):
 
     name: ClassVar[str]
     version: ClassVar[str]
+    PIPELINES: ClassVar[str]
     told_sizes: ClassVar[bool] = False
     inpainting: bool
     options: Options

@@ -29,15 +29,25 @@ class Card:
     metadata: Mapping[Kind, Mapping[str, str]] = field(default_factory=dict)  # by the method's kind
 
     def cast(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors in the export's precision, on the CPU; whole numbers stay."""
+        """Tensors in the export's precision, on the CPU; single numbers and whole ones keep theirs."""
         return {
-            name: tensor.detach().to("cpu", self.dtype if tensor.is_floating_point() else tensor.dtype)
+            name: tensor.detach().to("cpu", stored_type(name, tensor, self.dtype))
             for name, tensor in tensors.items()
         }
 
     def header(self, kind: Kind, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """The metadata of a file of these tensors."""
         return with_hash(self.metadata[kind], tensors) if kind in self.metadata else {}
+
+
+def stored_type(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """The type that an export in `dtype` holds a tensor in.
+
+    An alpha, as any single number, is float32: every tool reads it as one, and bfloat16 makes 5.3125 of 5.3.
+    """
+    if not tensor.is_floating_point():
+        return tensor.dtype
+    return torch.float32 if tensor.ndim == 0 or name.endswith(".alpha") else dtype
 
 
 class Prior(Block):
@@ -89,6 +99,11 @@ class Method(nn.Module):
         """
         super().__init__()
         self.config = config
+
+    @classmethod
+    def exact(cls, config: Any) -> tuple[str, ...]:
+        """The base's components that have to be loaded in float32: those it trains, or makes a start of."""
+        return cls.TRAINS
 
     def encode(self, family: Family, tokens: Tokens) -> Text:
         """Captions as the base adapted by this method alone reads them; Task.encode has all methods."""

@@ -19,9 +19,9 @@ from tuner.errors import UserError
 from tuner.export.files import write_whole
 from tuner.method import Prior
 from tuner.progress import say, track
-from tuner.sample import AT_ONCE, Sampler
+from tuner.sample import Sampler, pictures_at_once
 
-VERSION = 1
+VERSION = 2
 """Raised by hand when what is drawn for the same numbers changes."""
 
 
@@ -60,7 +60,8 @@ def draw(prior: Prior, sampler: Sampler, wanted: Sequence[Sample]) -> None:
     if prior.source is not None:
         return
     places = [sample.path for sample in wanted]
-    lots = [range(first, min(first + AT_ONCE, len(places))) for first in range(0, len(places), AT_ONCE)]
+    size = pictures_at_once(sampler.size)
+    lots = [range(first, min(first + size, len(places))) for first in range(0, len(places), size)]
     accelerator = sampler.accelerator
     mine = lots[accelerator.process_index :: accelerator.num_processes]
     mine = [lot for lot in mine if not all(places[number].is_file() for number in lot)]

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from tuner import log, progress
 from tuner.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, line_chart, number
+from tuner.errors import UserError
 
 HEAVY = 1_500_000  # bytes; a larger picture is inlined as JPEG
 LONG_SIDE = 2048  # pixels, of a picture inlined as JPEG
@@ -74,10 +75,10 @@ def write(output: Path) -> Path:
 
     Raises:
         LogError: metrics.jsonl has a line that cannot be read.
-        FileNotFoundError: there is no such folder.
+        UserError: there is no such folder.
     """
     if not output.is_dir():
-        raise FileNotFoundError(f"no folder to report on: {output}")
+        raise UserError(f"{output}: no such folder; expected the one that a run wrote to (`output`)")
     templates = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

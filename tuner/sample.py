@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Picture = npt.NDArray[np.uint8]
 AT_ONCE = 16
+PIXELS = AT_ONCE * 512 * 512
+"""Pixels that are drawn together at most: 16 pictures up to 512 pixels a side, 4 of 1024."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ class Sampler:
                 method.train_mode(False)
                 if not adapted:
                     stack.enter_context(method.off(self.task.family))
-            for start in range(0, len(prompts), AT_ONCE):
-                part = slice(start, start + AT_ONCE)
+            count = pictures_at_once(self.size)
+            for start in range(0, len(prompts), count):
+                part = slice(start, start + count)
                 looks = None if conditions is None or not adapted else conditions[part]
                 out += self._some(prompts[part], looks, start)
         return out
@@ -106,6 +109,11 @@ class Sampler:
         seeds = range(self.seed + first, self.seed + first + count)
         made = [torch.Generator().manual_seed(seed) for seed in seeds]
         return torch.stack([torch.randn(family.latent_channels, side, side, generator=g) for g in made])
+
+
+def pictures_at_once(size: int) -> int:
+    """How many pictures of this side, in pixels, are drawn together."""
+    return max(1, min(AT_ONCE, PIXELS // size**2))
 
 
 def to_pictures(pixels: Tensor) -> list[Picture]:

@@ -19,6 +19,9 @@ from tuner.errors import UserError
 from tuner.family import Cond, Control, Family, Moments, Options
 from tuner.text import Reading, Text, Tokens, extra_rows, layers, read, tokenize
 
+DECODED = 1024 * 1024
+"""Pixels that the autoencoder decodes together: in float32 its widest layers need 1 KiB a pixel, each."""
+
 
 class StableDiffusion(Family):
     """The networks of one model.
@@ -28,7 +31,6 @@ class StableDiffusion(Family):
         LAYER: the layer of the text encoders that is read, as clip skip counts it: 1 the last.
         CUT_LAYERS: how many last layers the family's folders leave out of the text encoder.
         NORM: the layer that is read goes through the encoder's final normalisation.
-        PIPELINES: the part of the names of diffusers' pipelines that is the family's.
     """
 
     ENCODERS: ClassVar[tuple[str, ...]] = ("text_encoder",)
@@ -81,7 +83,7 @@ class StableDiffusion(Family):
         seed: int = 0,
         options: Options | None = None,
     ) -> Self:
-        """Load the components a run needs from a diffusers folder, in float32 on the CPU.
+        """Load the components a run needs from a diffusers folder, on the CPU, as the options hold them.
 
         Args:
             folder: the local folder.
@@ -104,7 +106,7 @@ class StableDiffusion(Family):
             elif options.quantise and (name == "unet" or name in cls.ENCODERS):
                 networks[name] = components.load_quantised(name, place, options.quantise, options.compute)
             else:
-                networks[name] = components.load(name, place)
+                networks[name] = components.load(name, place, options.dtype(name))
         places = {name: folder / tokenizer_name(name) for name in cls.ENCODERS if name in networks}
         tokenizers = {name: CLIPTokenizer.from_pretrained(place) for name, place in places.items()}
         scheduler = dict(DDPMScheduler.from_pretrained(folder / "scheduler").config)
@@ -202,11 +204,14 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
+        """As many at a time as have DECODED pixels together, at least one."""
         vae = self.networks["vae"]
+        pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
         with torch.autocast(latents.device.type, enabled=False):
             shift = getattr(vae.config, "shift_factor", None) or 0.0
-            decoded: Tensor = vae.decode(latents.float() / vae.config.scaling_factor + shift).sample
-            return decoded
+            scaled = latents.float() / vae.config.scaling_factor + shift
+            parts = [vae.decode(part).sample for part in scaled.split(max(1, DECODED // pixels))]
+            return torch.cat(parts)
 
     def inpaint(self, pixels: Tensor, hole: Tensor) -> Tensor:
         """As diffusers' inpainting pipelines make it, but with the posterior's mean instead of a draw."""
@@ -265,11 +270,11 @@ class StableDiffusion(Family):
         """
         from diffusers import ControlNetModel
 
-        unet: Any = self.denoiser
-        if self.options.quantise is not None:  # the clone is made of the weights as they were
-            assert self.folder is not None
-            unet = components.load("unet", self.folder / "unet")
-        branch: Any = ControlNetModel.from_unet(unet, conditioning_channels=conditioning_channels)
+        branch: Any = ControlNetModel.from_unet(
+            self.denoiser, conditioning_channels=conditioning_channels, load_weights_from_unet=False
+        )
+        shared = [name for name in branch.state_dict() if not name.startswith("controlnet_")]
+        branch.load_state_dict(self._weights(shared), strict=False)
         if self.inpainting:
             whole, latent = branch.conv_in, self.latent_channels
             branch.conv_in = nn.Conv2d(latent, whole.out_channels, whole.kernel_size, padding=whole.padding)
@@ -282,6 +287,14 @@ class StableDiffusion(Family):
         attention.choose(branch)
         clone: nn.Module = branch
         return clone
+
+    def _weights(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Tensors of the denoiser in float32; where it is held in less, as its file has them."""
+        held = self.denoiser.state_dict()
+        if self.options.quantise is None and all(held[name].dtype == torch.float32 for name in names):
+            return {name: held[name] for name in names}
+        assert self.folder is not None
+        return components.tensors(self.folder / "unet", names)
 
     def control(self, branch: nn.Module, x_t: Tensor, t: Tensor, cond: Cond, picture: Tensor) -> Control:
         dtype = _dtype(branch)

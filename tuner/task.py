@@ -82,7 +82,10 @@ class Task(nn.Module):
         noised = self.objective.noise(x0, batch.noise, t, batch.input_noise)
         cond = self._condition(batch)
         pred = self._predict(noised.x_t, noised.t, cond, batch)
-        return self.objective.loss(pred, noised).mean(dim=(1, 2, 3)) * noised.weight
+        loss = self.objective.loss(pred, noised)
+        if batch.mask is not None:
+            loss = loss * batch.mask
+        return loss.mean(dim=(1, 2, 3)) * noised.weight
 
     def _condition(self, batch: Batch) -> Cond:
         """What the denoiser is told of a batch."""

@@ -17,7 +17,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from tuner.block import Key
-from tuner.errors import UserError
+from tuner.errors import UserError, few
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT = {"str", "timestamp", "merge", "value"}  # the last three are YAML 1.1's; here they are text
@@ -124,7 +124,7 @@ def read(path: Path) -> Document:
 def _text(path: Path, whole: Place) -> str:
     if path.is_dir():
         inside = sorted(entry.name for entry in path.glob("*.y*ml"))
-        hint = f"; it holds: {', '.join(inside)}" if inside else ""
+        hint = f"; it holds: {few(path.name, inside)}" if inside else ""
         raise RecipeError([Problem(whole, (), f"is a folder, expected a recipe file{hint}")])
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -145,7 +145,7 @@ def _near_files(path: Path) -> str:
     recipes = sorted(name for name in names if name.endswith((".yaml", ".yml")))
     if match:
         return "; did you mean " + " or ".join(str(path.parent / name) for name in match) + "?"
-    return f"; {path.parent} holds: {', '.join(recipes)}" if recipes else f"; {path.parent} holds no recipe"
+    return f"; {path.parent} holds: {few(path.name, recipes)}" if recipes else f"; {path.parent} holds no recipe"
 
 
 def _yaml() -> YAML:

@@ -53,7 +53,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        own = ("arch", "unlock_decoder_at")
+        own = ("arch", "unlock_decoder_at", *(["rank"] if self.method == "controlnet" else []))
         more = (k for k, v in self.config.items() if v is True or isinstance(v, list) or k in own)
         return "-".join([self.config.get("kind", self.method), *more, self.base])
 
@@ -104,6 +104,10 @@ CASES = (
     Case("textual_inversion", TWO_WORDS, learning_rate=0.1, falls=0.98),
     Case("controlnet", {"condition": "canny", "unlock_decoder_at": 1}, frozen=False),
     *(Case("controlnet", {"condition": "canny", "arch": "lite"}, base=base) for base in ("sd1", "sdxl")),
+    *(
+        Case("controlnet", {"condition": "canny", "rank": 4}, base=base)
+        for base in ("sd1", "sd2", "sdxl", "sd1_inpaint")
+    ),
     *(Case("full", {"text_encoder": True}, base=base, frozen=False) for base in ("sd1", "sd2", "sdxl")),
     *(replace(case, base="sd2") for case in SD1),
     # One of the tiny SDXL's two levels has no attention, and its UNet hears its text hardly at all.

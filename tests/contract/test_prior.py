@@ -70,7 +70,7 @@ def drawn(tmp_path: Path, cache: str = "cache") -> dict[str, bytes]:
 def test_the_base_draws_what_lacks_and_only_that(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tuner.prior.AT_ONCE", 2)
+    monkeypatch.setattr("tuner.prior.pictures_at_once", lambda size: 2)
     run = start(DRAWN.format(count=3, weight=1.0))
     first = drawn(tmp_path)
     assert list(first) == ["00000.png", "00001.png", "00002.png"] and len(set(first.values())) == 3

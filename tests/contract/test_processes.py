@@ -26,6 +26,7 @@ METHODS = {
     "pivotal": "lora: {rank: 4, text_encoder: true}\n  "
     "textual_inversion: {token: <new>, init: red, replace: toy, learning_rate: 0.2}",
     "unlocked": "controlnet: {condition: canny, unlock_decoder_at: 1}",
+    "low_rank": "controlnet: {condition: canny, rank: 4}",
     "dreambooth": "full: {text_encoder: true, prior: {prompt: a toy, count: 3, steps: 1}}",
 }
 RATES = {"dreambooth": 0.02, "unlocked": 0.02}  # of the others 0.5

@@ -175,7 +175,7 @@ def info(hub: State, request: Request, kind: str, name: str, revision: str | Non
     told = {"_id": "0", "id": name, "author": name.partition("/")[0], "sha": commit.sha, "siblings": siblings}
     told |= {
         "private": repo.private,
-        "gated": False,
+        "gated": "auto" if repo.gated else False,
         "disabled": False,
         "tags": [],
         "downloads": 0,
@@ -235,7 +235,10 @@ def paths_info(hub: State, request: Request, kind: str, name: str, revision: str
 
 
 def resolve(hub: State, request: Request, kind: str | None, name: str, revision: str, path: str) -> Answer:
-    commit = hub.commit(hub.repo(request, kind_of(kind), name), revision)
+    repo = hub.repo(request, kind_of(kind), name)
+    if repo.gated and not hub.writes(request.user, name):
+        raise Refusal(403 if request.user else 401, f"Access to model {name} is restricted", "GatedRepo")
+    commit = hub.commit(repo, revision)
     headers = {"X-Repo-Commit": commit.sha}
     blob = commit.files.get(unquote(path))
     if blob is None:

@@ -60,9 +60,13 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A repository: its commits and the branches that point to them."""
+    """A repository: its commits and the branches that point to them.
+
+    A gated one is seen by all, and its files are given to its owner alone.
+    """
 
     private: bool = False
+    gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 

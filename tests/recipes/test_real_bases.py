@@ -43,7 +43,7 @@ NAMES = [
     for folder, cards in SMALLER.items()
     for name, card in cards.items()
     for end in ("", f"_{card}gb")
-]
+] + ["sd15/controlnet_rank128_6gb", "sdxl/controlnet_rank128_16gb"]
 METHODS = {
     "lora": {"lora"},
     "textual_inversion": {"textual_inversion"},
@@ -90,9 +90,9 @@ MEMORY = re.compile(
 
 
 def split(name: str) -> tuple[str, str]:
-    """Folder and kind of a recipe: sd15/lora_6gb is ("sd15", "lora")."""
+    """Folder and kind of a recipe: sd15/lora_6gb is ("sd15", "lora"), x_rank4_6gb is an x too."""
     folder, _, stem = name.partition("/")
-    return folder, re.sub(r"_\d+gb$", "", stem)
+    return folder, re.sub(r"(_rank\d+)?_\d+gb$", "", stem)
 
 
 def text_of(name: str) -> str:
@@ -141,7 +141,11 @@ def trained(name: str) -> int:
     base, method = full_size(folder), recipe_of(name).method
     total = 0
     if kind == "controlnet":
-        total += sum(map(prod, places.controlnet_tensors(base.unet).values()))
+        rank, own = method["controlnet"].rank, base.tensors["unet"]  # type: ignore[attr-defined]
+        for key, shape in places.controlnet_tensors(base.unet).items():
+            factored = rank and len(own.get(f"{key.rpartition('.')[0]}.weight", ())) > 1
+            out, inner = shape[0], prod(shape[1:])
+            total += min(rank, out, inner) * (out + inner) * (len(shape) > 1) if factored else out * inner
     if kind == "dreambooth":
         total += sum(map(prod, base.tensors["unet"].values()))
     if "lora" in method:
@@ -168,6 +172,8 @@ def counted(name: str) -> tuple[float, float, float]:
             prod(s) for t in base.tensors.values() for n, s in t.items() if n.endswith("embedding.weight")
         )
         held = loaded = 0.516 * (linear - tables) + 2.0 * (frozen - linear + tables)
+        if kind == "controlnet" and recipe.method["controlnet"].rank:  # type: ignore[attr-defined]
+            held = loaded = held + 2.0 * sum(map(prod, places.controlnet_tensors(base.unet).values()))  # bf16
     own = trained(name)
     if kind != "dreambooth":
         loaded += 4.0 * own
@@ -194,14 +200,14 @@ def test_these_are_all_recipes_of_real_bases() -> None:
     found = {
         f"{folder}/{place.stem}" for folder in FAMILIES for place in (ROOT / "recipes" / folder).iterdir()
     }
-    assert found == set(NAMES) and len(NAMES) == 30
+    assert found == set(NAMES) and len(NAMES) == 32
 
 
 def test_the_table_of_recipes_names_every_one() -> None:
     table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     shipped = {str(p.relative_to(ROOT / "recipes")) for p in (ROOT / "recipes").rglob("*.yaml")}
     named = re.findall(r"\]\(([\w/]+\.yaml)\)", table)
-    assert len(shipped) == 37 and sorted(named) == sorted(shipped)
+    assert len(shipped) == 39 and sorted(named) == sorted(shipped)
     row = re.compile(r"^\| \[[^\]]+\]\(([\w/]+)\.yaml\) \|.*\| (\d+\.\d) GiB, (\d+) GB \|$", re.MULTILINE)
     rows = row.findall(table)
     stated = {name: (float(need), int(card)) for name, need, card in rows}
@@ -336,6 +342,7 @@ GPU_ONLY = {  # what was replaced, which only a GPU has
     "sd21/controlnet_12gb": {"train.optimiser.name"},
     "sd21/dreambooth_16gb": {"train.optimiser.name"},
     "sdxl/controlnet_24gb": {"base.quantise", "train.optimiser.name"},
+    "sdxl/controlnet_rank128_16gb": {"base.quantise"},
     "sdxl/dreambooth_48gb": {"train.optimiser.name"},
     "sdxl/lora_8gb": {"base.quantise"},
     "sdxl/pivotal_8gb": {"base.quantise"},
@@ -345,7 +352,7 @@ RUN = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAME
 
 
 def test_every_family_and_method_is_run_without_asking() -> None:
-    assert len(RUN) == 30 and {split(name) for name in FAST} == {split(name) for name in NAMES}
+    assert len(RUN) == 32 and {split(name) for name in FAST} == {split(name) for name in NAMES}
     assert len(FAST) == 15
 
 
@@ -364,7 +371,7 @@ def test_a_recipe_runs_two_steps_on_a_tiny_base(
     assert [step for step, _ in records.scalars["loss"]] == [1, 2] and records.finished
     files = sorted((output / "export").rglob("*.safetensors"))
     verified = [text for _, text in records.events if text.startswith("verified: ")]
-    assert len(files) == {"controlnet": 2, "dreambooth": 2, "pivotal": 3}.get(kind, 1)
+    assert len(files) == {"controlnet": 2, "dreambooth": 2, "pivotal": 3}.get(kind, 1) + ("rank" in name)
     assert len(verified) == len(files)
     tensors = [tensor for file in files for tensor in load_tensors(file)[0].values()]
     assert tensors and all(tensor.isfinite().all() for tensor in tensors)

@@ -112,6 +112,12 @@ def test_report(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[st
     assert capfd.readouterr().out == f"{Path('runs/x/report.html')}\n"
 
 
+def test_report_of_no_run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(tmp_path / "nope")]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith(f"{tmp_path / 'nope'}: no such folder") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("arguments", [["trian"], ["train"], ["train", "--seed", "1"]])
 def test_usage_mistakes(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert cli.main(arguments) == 2

@@ -132,10 +132,9 @@ def test_canny_is_computed_from_the_pixels_that_are_trained_on(tmp_path: Path) -
 
 
 def test_kinds_of_conditions_are_found_by_file_name() -> None:
-    assert conditions.kinds() == ("canny",)
-    for kind in conditions.kinds():
-        out = conditions.maker(kind)(marked(32, 24, 0.5, 0.5, 6))
-        assert out.shape == (24, 32, 3) and out.dtype == np.uint8 and out.any()
+    assert "canny" in conditions.kinds()
+    out = conditions.maker("canny")(marked(32, 24, 0.5, 0.5, 6))
+    assert out.shape == (24, 32, 3) and out.dtype == np.uint8 and out.any()
 
 
 def test_a_missing_or_misshapen_condition_is_an_error_that_names_it(tmp_path: Path) -> None:

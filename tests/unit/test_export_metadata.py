@@ -252,3 +252,43 @@ def test_the_hash_is_that_of_the_files_data(tmp_path: Path) -> None:
     assert signed["modelspec.hash_sha256"] == "0x" + files.data_digest(tensors)
     path = files.save(tmp_path / "x", tensors, signed)
     assert files.load(path)[1] == signed
+
+
+def test_what_it_began_from_and_what_the_base_is() -> None:
+    """Only where they apply: the files that training began from, a base that fills holes, zero SNR."""
+    recipe = a_recipe(Path("/somewhere"), "out")
+    plain = built(recipe)
+    for nothing in ({"start": {}}, {"inpainting": False}, {"zero_terminal_snr": False}):
+        assert built(recipe, extra={**LORA, **nothing}) == plain
+    began = built(recipe, extra={**LORA, "start": {"method.lora.start": "e" * 64}})
+    assert json.loads(began.pop("tuner.start")) == {"method.lora.start": "e" * 64} and began == plain
+    holes = built(recipe, extra={**LORA, "inpainting": True})
+    assert json.loads(holes["tuner.base"]) == {"name": "small-sd", "digest": "b" * 64, "inpainting": True}
+    assert {key for key in holes if holes[key] != plain[key]} == {"tuner.base"}
+    zero = built(recipe, extra={**LORA, "zero_terminal_snr": True})
+    assert zero.pop("ss_zero_terminal_snr") == "True" and zero == plain
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "architecture"),
+    [
+        ("full", "sd1", "stable-diffusion-v1-inpainting"),
+        ("full", "sdxl", "stable-diffusion-xl-v1-base"),
+        ("controlnet", "sd1", "stable-diffusion-v1/controlnet"),
+        ("textual_inversion", "sd1", "stable-diffusion-v1/textual-inversion"),
+    ],
+)
+def test_the_architecture_of_an_inpainting_base(kind: metadata.Kind, family: str, architecture: str) -> None:
+    found = metadata.build(
+        kind,
+        name="x",
+        recipe_text="{}",
+        versions={},
+        base_name="owner/name",
+        base_digest="b",
+        data_digests={},
+        extra={"family": family, "inpainting": True, "zero_terminal_snr": True},
+    )
+    assert found["modelspec.architecture"] == architecture
+    assert json.loads(found["tuner.base"])["inpainting"] is True
+    assert not any("snr" in key for key in found)  # neither modelspec nor kohya has a key for it there

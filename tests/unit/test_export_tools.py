@@ -148,7 +148,7 @@ EDITS = {  # what the tools do with each; diffusers is asked itself besides
     "a factor of LoHa": whole(
         diffusers="nothing", ComfyUI="nothing", A1111="part", Forge="nothing", kohya="part"
     ),
-    "bundled words": whole(diffusers="nothing", ComfyUI="part", A1111="part", Forge="part", kohya="part"),
+    "bundled words": whole(diffusers="nothing", Forge="part", kohya="part"),
     "a third text encoder": whole(
         diffusers="nothing", ComfyUI="part", A1111="part", Forge="part", kohya="part"
     ),

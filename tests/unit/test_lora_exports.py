@@ -18,6 +18,7 @@ from tuner.export import contents as reading
 from tuner.export import files, identify
 from tuner.export.metadata import build
 from tuner.files import account
+from tuner.files.convert import convert
 from tuner.method import Card
 from tuner.methods.lora import Config, Lora
 from tuner.verify import VerifyError
@@ -93,6 +94,33 @@ def test_an_export_has_the_trained_effect(
         tools = "ComfyUI, A1111 and Forge" if kind == "dora" and place == BAKED else tools
         assert f"{tools} load all of it by their rules" in line or not tools
         assert ("loaded by diffusers" in line) == (kind in ("lora", "patterns") or place == PEFT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr"])
+def test_an_alpha_is_float32_in_every_precision(
+    kind: str,
+    dtype: torch.dtype,
+    make: Callable[..., Made],
+    folders: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(KINDS, "odd", ({"kind": kind, "rank": 3, "alpha": 5.3}, []))
+    made = make("sd1", "odd", dtype)
+    (path,) = made.written
+    tensors, header = files.load(path)
+    alphas = [tensor for key, tensor in tensors.items() if key.endswith(".alpha")]
+    others = {tensor.dtype for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    assert len(alphas) == len(made.method.slots) > 20 and others == {dtype}
+    assert all(torch.equal(alpha, torch.tensor(5.3, dtype=torch.float32)) for alpha in alphas)
+    assert float(header["ss_network_alpha"]) == torch.tensor(5.3, dtype=torch.float32).item()
+    assert len(made.check()) == 1
+    if kind == "lora":  # the others have no form in peft's names
+        middle, last = tmp_path / "peft.safetensors", tmp_path / "there and back" / path.name
+        convert(path, "peft", middle, str(folders["sd1"]))
+        convert(middle, "kohya", last, str(folders["sd1"]))
+        assert last.read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])

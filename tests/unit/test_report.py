@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tuner import chart, log, report
+from tuner.errors import UserError
 
 PLANTED = "<script>alert('&')</script>"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -217,8 +218,10 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        report.write(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    for name in ("nowhere", "file"):
+        with pytest.raises(UserError, match=f"{name}: no such folder; expected the one that a run wrote to"):
+            report.write(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -116,8 +116,14 @@ DAMAGED = [
     (
         "lora",
         "case.safetensors",
-        lambda t: t.update({f"{LAYER}q.alpha": t[f"{LAYER}q.alpha"].float()}),
-        "float32",
+        lambda t: t.update({f"{LAYER}q.alpha": t[f"{LAYER}q.alpha"].half()}),
+        "q.alpha is float16, expected float32",
+    ),
+    (
+        "lora",
+        "case.safetensors",
+        lambda t: t.update({DOWN: t[DOWN].float()}),
+        "q.lora_down.weight is float32, expected float16",
     ),
     ("lora", "case.safetensors", lambda t: t.update({DOWN: t[DOWN][:2]}), "do not fit each other"),
     (

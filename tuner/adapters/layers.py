@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -76,7 +77,7 @@ def inject(host: nn.Module, slots: Mapping[str, Slot], how: Making, seed: int) -
     """
     from peft import inject_adapter_in_model
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), _taken_for_float32([host.get_submodule(path) for path in slots]):
         torch.manual_seed(seed)
         inject_adapter_in_model(_settings(slots, how), host, adapter_name=ADAPTER)
     found = dict(adapted(host))
@@ -86,6 +87,23 @@ def inject(host: nn.Module, slots: Mapping[str, Slot], how: Making, seed: int) -
         divisor = slot.rank**0.5 if how.rslora else slot.rank
         assert (layer.r[ADAPTER], layer.scaling[ADAPTER]) == (slot.rank, slot.alpha / divisor), path
         layer.eval()
+
+
+@contextmanager
+def _taken_for_float32(hosts: Iterable[nn.Module]) -> Iterator[None]:
+    """Within it layers that are held in half precision look like float32 ones, without any numbers.
+
+    peft gives adapters the type of their layer's weights, which would round what they begin with.
+    """
+    weights = [host.weight for host in hosts if isinstance(host.weight, Tensor)]
+    kept = [(w, w.data) for w in weights if w.dtype in (torch.float16, torch.bfloat16)]
+    try:
+        for weight, data in kept:
+            weight.data = torch.empty((), device=data.device).expand(data.shape)
+        yield
+    finally:
+        for weight, data in kept:
+            weight.data = data
 
 
 def adapted(host: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tuner.data import pictures
 from tuner.data.cache import Hashes, Store, key
-from tuner.data.captions import CaptionRule
+from tuner.data.captions import CaptionRule, joined
 from tuner.data.loader import POOLED, Feed, Latents, Texts
 from tuner.data.noise import Draws
 from tuner.data.sources import Sample, open_source
@@ -50,8 +50,7 @@ class Wanted:
     def plain(self) -> Wanted:
         """The same for looking instead of training: the first caption, plain noise, nothing dropped,
         mirrored or moved."""
-        captions = CaptionRule("first", (), self.captions.prefix, 0.0, self.captions.replace)
-        return replace(self, captions=captions, flip=False, crop="center", draws=Draws())
+        return replace(self, captions=self.captions.plain(), flip=False, crop="center", draws=Draws())
 
 
 def read_sources(
@@ -149,13 +148,15 @@ def _cache_latents(samples: Sequence[Sample], wanted: Wanted, family: Family, ha
 def _cache_text(samples: Sequence[Sample], wanted: Wanted, family: Family) -> Texts | None:
     """The cache of all captions that may come; None where they are too many to keep."""
     assert wanted.cache is not None
-    captions = sorted(set().union(*(sample.every(wanted.captions) for sample in samples)))
     with torch.no_grad():
         one = family.encode_prompts(family.tokenize([""]).to(family.device))
     size = one.hidden.nbytes + (0 if one.pooled is None else one.pooled.nbytes)
-    if size * len(captions) > TEXT_LIMIT:
-        say(f"{len(captions)} captions are too many to keep encoded; they are encoded in each step")
+    most = TEXT_LIMIT // size
+    found = joined((sample.every(wanted.captions) for sample in samples), most)
+    if found is None:
+        say(f"more than {most} captions may come, too many to keep encoded; they are encoded in each step")
         return None
+    captions = sorted(found)
     store = Store(wanted.cache / "text")
     read = {n: d for n, d in family.digests.items() if n.startswith(("text_encoder", "tokenizer"))}
     options = family.options

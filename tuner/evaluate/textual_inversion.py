@@ -91,7 +91,7 @@ def _nearest(row: Tensor, known: Tensor, names: Sequence[str]) -> str:
 
 def _concept(look: Look, token: str, alone: bool) -> str | None:
     """The commonest shape in the training pictures (whose captions have the token); None without records."""
-    written = look.heldout.captions.every
+    written = look.heldout.captions.extremes
     own = [s for s in look.trained if alone or any(token in caption for caption in written(s.captions))]
     shapes = Counter(thing["shape"] for s in own for thing in (s.scene or {}).get("objects", []))
     return str(shapes.most_common(1)[0][0]) if shapes else None

@@ -12,7 +12,7 @@ from tuner.export import kohya, lycoris, peft_format
 from tuner.export.kohya import LoraError, LoraModule
 from tuner.export.lycoris import Change, Difference
 from tuner.export.places import Base
-from tuner.export.rules import SHOWN, everything
+from tuner.export.rules import SHOWN, bundled, everything
 from tuner.export.spelling import LORA, missing, split
 
 
@@ -56,14 +56,26 @@ class Adapter(NamedTuple):
         return whole
 
 
-def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: Base) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    base: Base,
+    hint: str = "was it made for another base?",
+) -> Adapter:
     """The adapter that a file's tensors are, in any spelling that some tool knows.
 
     A LoRA without alpha has scale 1, in peft's names what the metadata says.
 
+    Args:
+        hint: how the message ends where keys are of no module of the base: what the user can do there.
+
     Raises:
         LoraError: a key belongs to no module of the base, a module lacks a factor, or sizes do not fit.
     """
+    if words := bundled(tensors):
+        raise LoraError(
+            f"words lie in this LoRA's file ({', '.join(words)}); give the file of the LoRA alone, and theirs"
+        )
     names, layers = everything(base), base.layers()
     parts: dict[str, dict[str, dict[str, Tensor]]] = {}
     strange = []
@@ -80,7 +92,7 @@ def read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], base: Base)
         more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
         raise LoraError(
             f"{len(strange)} of {len(tensors)} keys name no module of {base.name}: "
-            f"{', '.join(strange[:SHOWN])}{more}; if it was made for another base, say so: --base FOLDER"
+            f"{', '.join(strange[:SHOWN])}{more}; {hint}"
         )
     ranks = {
         path: own[dialect]["down"].shape[0]

@@ -37,6 +37,8 @@ def read(path: Path) -> Contents:
     Raises:
         UserError: there is no such file, or it is no safetensors file.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the .safetensors in it")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
     try:
@@ -51,6 +53,14 @@ def read(path: Path) -> Contents:
             )
     except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: no safetensors file ({error})") from error
+
+
+def file_of(path: Path) -> Path:
+    """The weights' file of a network's folder (one file with config.json beside it); other paths as they are."""
+    if not (path / "config.json").is_file():
+        return path
+    found = sorted(path.glob("*.safetensors"))
+    return found[0] if len(found) == 1 else path
 
 
 def of(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], name: str) -> Contents:

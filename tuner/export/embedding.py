@@ -22,6 +22,8 @@ FOLDER = "bundle"
 BOTH = ("clip_l", "clip_g")
 """The keys of a base with two text encoders, SDXL's first and second."""
 
+SHOWN = 5  # keys that a message names
+
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _STEM = re.compile(r"\w[\w.+-]*")  # one word in a prompt, and a file name on every system
 
@@ -82,6 +84,8 @@ def from_file(path: Path, widths: Sequence[int]) -> list[Tensor]:
             f"{path}: a pickle, which can run any code when it is read; expected a .safetensors file "
             "(the web UIs and diffusers can save one)"
         )
+    if path.is_dir():
+        raise TokenError(f"{path}: is a folder; give the .safetensors in it")
     if not path.is_file():
         raise TokenError(f"{path}: no such file")
     try:
@@ -91,7 +95,7 @@ def from_file(path: Path, widths: Sequence[int]) -> list[Tensor]:
     keys = list(tensors) if len(widths) == 1 else list(BOTH)
     if len(tensors) != len(widths) or set(keys) != tensors.keys():
         wanted = "one tensor" if len(widths) == 1 else " and ".join(BOTH)
-        raise TokenError(f"{path}: holds {', '.join(tensors) or 'no tensor'}; expected {wanted}")
+        raise TokenError(f"{path}: holds {_shown(list(tensors))}; expected {wanted}, the vectors of a word")
     tables = []
     for key, width in zip(keys, widths, strict=True):
         table = tensors[key].float()
@@ -106,12 +110,19 @@ def from_file(path: Path, widths: Sequence[int]) -> list[Tensor]:
     return tables
 
 
+def _shown(keys: Sequence[str]) -> str:
+    """Keys in a message: the first five, and how many there are."""
+    more = f" and {len(keys) - SHOWN} more ({len(keys)} tensors)" if len(keys) > SHOWN else ""
+    return f"{', '.join(keys[:SHOWN])}{more}" if keys else "no tensor"
+
+
 def bundle(adapter: Mapping[str, Tensor], words: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """A LoRA's tensors and the vectors of words in one file, as A1111, Forge and ComfyUI read it.
+    """A LoRA's tensors and the vectors of words in one file, as A1111 reads it.
 
     A word's tensor becomes `bundle_emb.NAME.string_to_param.*`, of a base with two text encoders
     `bundle_emb.NAME.clip_l` and `.clip_g` (A1111: extensions-builtin/Lora/networks.py; ComfyUI:
-    comfy/sd1_clip.py, bundled_embed). diffusers refuses a file with these keys.
+    comfy/sd1_clip.py, bundled_embed, where the file lies among the embeddings). diffusers refuses a file with
+    these keys; what each tool does with them is in tools.py (Rules.words).
 
     Args:
         adapter: in the names that those tools read.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tuner.export import peft_format
 from tuner.export.contents import Contents
-from tuner.export.rules_controlnet import layout
+from tuner.export.rules_controlnet import is_low_rank, layout
 from tuner.export.spelling import LORA, Key, split
 
 ADAPTERS = ("LoRA", "DoRA", "LoHa", "LoKr", "full differences", "adapter of several kinds")
@@ -32,7 +32,7 @@ class Identity(NamedTuple):
 
     Attributes:
         kind: LoRA, DoRA, LoHa, LoKr, full differences, adapter of several kinds, embedding, ControlNet,
-            checkpoint, UNet, autoencoder, text encoder ..., or unknown.
+            Control-LoRA, checkpoint, UNet, autoencoder, text encoder ..., or unknown.
         layout: how its keys are spelled: kohya, kohya (original names), peft, diffusers (before peft),
             diffusers, cldm, original, one tensor, clip_l + clip_g, several tensors.
         family: sd1, sd2, sdxl, or None where it does not show.
@@ -56,7 +56,10 @@ class Identity(NamedTuple):
 def identify(contents: Contents) -> Identity:
     """What a file is; never an error, `unknown` at worst."""
     plain = Identity("unknown", "", None, {}, {}, {}, {}, dict(Counter(contents.dtypes.values())))
-    found = _adapter(contents, plain) or _whole(contents, plain) or _embedding(contents, plain) or plain
+    if is_low_rank(contents):
+        found = _low_rank(contents, plain)
+    else:
+        found = _adapter(contents, plain) or _whole(contents, plain) or _embedding(contents, plain) or plain
     return found._replace(family=found.family or _told_family(contents.metadata))
 
 
@@ -182,6 +185,19 @@ def _whole(contents: Contents, plain: Identity) -> Identity | None:
             family = _unet_family(contents) if kind == "UNet" else None
             return plain._replace(kind=kind, layout="diffusers", family=family)
     return None
+
+
+def _low_rank(contents: Contents, plain: Identity) -> Identity:
+    """The factors of a ControlNet; they show the text's width where complete ones have it in a weight."""
+    downs = {key: shape for key, shape in contents.shapes.items() if key.endswith(".down") and len(shape) > 1}
+    widths = [shape[1] for key, shape in downs.items() if key.endswith("attn2.to_k.down")]
+    told = "sdxl" if any(key.startswith("label_emb.") for key in contents.shapes) else None
+    return plain._replace(
+        kind="Control-LoRA",
+        layout="cldm",
+        family=told or _WIDTHS.get(next(iter(widths), 0)),
+        ranks=dict(sorted(Counter(shape[0] for shape in downs.values()).items())),
+    )
 
 
 def _unet_family(contents: Contents) -> str | None:

@@ -41,7 +41,12 @@ _EXTRA = (
     "alpha",
     "algorithm",
     "tag_frequency",
+    "start",
+    "inpainting",
+    "zero_terminal_snr",
 )
+# Keys of a recipe that only a place is given for, whether it is still there or not.
+_PLACES = ("data.source.path", "data.heldout.path", "method.full.prior.source", "train.resume")
 _LORA_ONLY = ("rank", "alpha", "algorithm", "tag_frequency")
 ALGORITHMS = ("lora", "dora", "loha", "lokr")
 
@@ -84,8 +89,10 @@ def build(
     `recipe_text` comes from `recipe_text` below, so that it is scrubbed. `extra` may hold `family` ("sd1",
     "sd2", "sdxl"), `resolution` (pixels, one number or (width, height)), `prediction_type` ("epsilon",
     "v_prediction"), `trigger_phrase` and `licence` (texts), `clip_skip` (which layer of the text encoder is
-    read, 1 the last), and for a LoRA `rank` and `alpha`, as the file's tensors have them, `algorithm` (lora,
-    dora, loha, lokr) and `tag_frequency` (captions' tags -> how often; tells of the data).
+    read, 1 the last), `start` (the recipe's keys of the files that training began from -> their digests),
+    `inpainting` (whether the base is shown a hole), `zero_terminal_snr` (whether the last timestep has no
+    signal; modelspec has no key for it), and for a LoRA `rank` and `alpha`, as the file's tensors have them,
+    `algorithm` (lora, dora, loha, lokr) and `tag_frequency` (captions' tags -> how often; tells of the data).
 
     Raises:
         MetadataError: an unknown key in extra, an unknown family, or a LoRA without rank and alpha.
@@ -95,17 +102,21 @@ def build(
     if kind != "lora" and (useless := sorted(set(extra) & set(_LORA_ONLY))):
         raise MetadataError(f"{', '.join(useless)}: the metadata of a {kind} has no place for it")
     labels = labels_of(extra.get("family", "sd1"), extra.get("prediction_type"))
+    base: dict[str, Any] = {"name": local_name(base_name), "digest": base_digest}
+    holes = bool(extra.get("inpainting"))
     keys = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": labels.architecture + _SUFFIXES[kind],
+        "modelspec.architecture": _architecture(labels, kind, holes),
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "tuner.recipe": recipe_text,
         "tuner.versions": _json(versions),
-        "tuner.base": _json({"name": local_name(base_name), "digest": base_digest}),
-        "tuner.data": _json({local_name(source): digest for source, digest in data_digests.items()}),
+        "tuner.base": _json({**base, "inpainting": True} if holes else base),
+        "tuner.data": _json({_place_name(source): digest for source, digest in data_digests.items()}),
     }
+    if extra.get("start"):
+        keys["tuner.start"] = _json(extra["start"])
     keys |= _modelspec(extra)
     if kind == "lora":
         keys |= _kohya(name, labels, extra)
@@ -123,6 +134,13 @@ def labels_of(family: str, prediction: str | None) -> Labels:
         raise MetadataError(f"unknown family {family!r}; known are {', '.join(known)}")
     own = f"{family} v" if str(prediction).startswith("v") else family
     return FAMILIES.get(own, FAMILIES[family])
+
+
+def _architecture(labels: Labels, kind: Kind, holes: bool) -> str:
+    """modelspec.architecture; tools know one name of a base that is shown a hole, none of its adapters."""
+    if kind == "full" and holes and labels.architecture == "stable-diffusion-v1":
+        return "stable-diffusion-v1-inpainting"
+    return labels.architecture + _SUFFIXES[kind]
 
 
 def derived(
@@ -151,7 +169,7 @@ def scrub(recipe: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, Mapping):
             dropped = {"data": "cache", "train": "threads"}.get(key)
             value = {inner: item for inner, item in value.items() if inner != dropped}
-        kept[key] = _shorten(value)
+        kept[key] = _shorten(value, key)
     return kept
 
 
@@ -177,13 +195,18 @@ def local_name(text: str) -> str:
     return "local" if not last.strip(".") or last.startswith("~") or last.endswith(":") else last
 
 
-def _shorten(value: Any) -> Any:
+def _place_name(text: str) -> str:
+    """The last part of a path, which may be gone; a set on the Hub and an address as they are."""
+    return local_name(text if text.startswith("hub:") or "://" in text else os.path.join(".", text))
+
+
+def _shorten(value: Any, at: str) -> Any:
     if isinstance(value, Mapping):
-        return {str(key): _shorten(item) for key, item in value.items()}
+        return {str(key): _shorten(item, f"{at}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_shorten(item) for item in value]
+        return [_shorten(item, at) for item in value]
     if isinstance(value, (str, Path)):
-        return local_name(str(value))
+        return _place_name(str(value)) if at in _PLACES else local_name(str(value))
     return value
 
 
@@ -224,6 +247,8 @@ def _kohya(name: str, labels: Labels, extra: Mapping[str, Any]) -> dict[str, str
     }
     if not plain:
         keys["ss_network_args"] = _json({"algo": algorithm})
+    if extra.get("zero_terminal_snr"):
+        keys["ss_zero_terminal_snr"] = "True"
     if "clip_skip" in extra:
         keys["ss_clip_skip"] = str(int(extra["clip_skip"]))
     if "tag_frequency" in extra:

@@ -9,14 +9,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tuner.export.contents import Contents
+from tuner.export.embedding import BOTH, BUNDLED
 from tuner.export.places import Base
+from tuner.export.rules_label import caution
 from tuner.export.spelling import LORA, missing, split, table
-from tuner.export.tools import ADAPTERS, Rules
+from tuner.export.tools import ADAPTERS, Does, Rules
 
 SHOWN = 5  # keys that a message names
 _ORIGINAL = re.compile(r"input_blocks|middle_block|output_blocks")
 _BEFORE_PEFT = re.compile(r"unet\..*[._]lora\.(down|up)\.weight")
 _DIFFUSERS = re.compile(r"down_blocks|mid_block|up_blocks")
+_WORD = re.compile(rf"{BUNDLED}\.(?P<name>[^.]*)\.(?P<part>.+)")
+_VECTORS = "string_to_param.*"  # the part of a bundled word for a base with one text encoder
 
 
 @dataclass
@@ -31,6 +35,9 @@ class Verdict:
         missing: keys that the file should have.
         refused: why it does not load the file at all; None where it does.
         cautions: what no file can mend, or does not change what is loaded.
+        unmeant: keys that were not written for it: it has other files beside, and what it does with these
+            is no fault of the file.
+        unfit: why it works with no file for such a base, or with none of this layout; empty where it may.
     """
 
     tool: str
@@ -40,13 +47,37 @@ class Verdict:
     missing: list[str] = field(default_factory=list)
     refused: str | None = None
     cautions: list[str] = field(default_factory=list)
+    unmeant: set[str] = field(default_factory=set)
+    unfit: str = ""
+
+    @property
+    def faulty(self) -> bool:
+        """Whether it loads in part what was written for it."""
+        return self.loads == "part" and self._lacks
+
+    @property
+    def _lacks(self) -> bool:
+        return bool(self.dropped.keys() - self.unmeant or self.wrong or self.missing)
+
+    @property
+    def aside(self) -> str:
+        """Why the file is not for this tool, though nothing is wrong with it; empty where something is."""
+        if self.loads == "all" or self._lacks:
+            return ""
+        if self.refused is None or self.refused == self.unfit:
+            return self.unfit or "not meant for it"
+        return "not meant for it" if self.unmeant else ""
+
+    def refuse_base(self, reason: str) -> None:
+        """Note that the tool refuses every file for this base, or every one of this layout."""
+        self.refused = self.unfit = reason
 
     @property
     def loads(self) -> str:
         """`all` of the file, `part` of it (or all with another effect), or `nothing`."""
         if self.refused is not None or len(self.dropped) == self.keys:
             return "nothing"
-        return "part" if self.dropped or self.wrong or self.missing else "all"
+        return "part" if self.dropped or self.wrong or self.missing or self.unfit else "all"
 
     def reasons(self) -> list[str]:
         """Why, in plain words, each reason with the first of its keys."""
@@ -58,6 +89,8 @@ class Verdict:
                 named = [key for key, why in keys.items() if why == reason]
                 more = f" and {count - SHOWN} more" if count > SHOWN else ""
                 lines.append(f"{what}: {', '.join(named[:SHOWN])}{more}: {reason}")
+        if self.unfit:
+            lines.append(f"works wrongly: {self.unfit}")
         if self.missing:
             more = f" and {len(self.missing) - SHOWN} more" if len(self.missing) > SHOWN else ""
             lines.append(f"missing: {', '.join(self.missing[:SHOWN])}{more}")
@@ -82,6 +115,13 @@ def judge(tool: str, contents: Contents, base: Base) -> Verdict:
         KeyError: a tool without rules for adapters.
     """
     verdict = Verdict(tool, len(contents.shapes))
+    if told := caution(tool, contents.metadata, base.family):
+        verdict.cautions.append(told)
+    words = bundled(contents.shapes)
+    if words and all(rules.words == "refuses" for rules in ADAPTERS[tool]):
+        _unmeant(verdict, words)
+        verdict.refused = f"it takes no file with words in it ({next(iter(sorted(verdict.unmeant)))})"
+        return verdict
     for rules in ADAPTERS[tool]:
         strangers = [key for key in contents.shapes if not re.match(rules.keys, key)]
         if not strangers:
@@ -94,6 +134,7 @@ def judge(tool: str, contents: Contents, base: Base) -> Verdict:
 def _judge(verdict: Verdict, rules: Rules, contents: Contents, base: Base) -> None:
     layers = base.layers()
     groups = _groups(verdict, rules, contents, base)
+    _words(verdict, rules, contents, base)
     if rules.most is not None and len(verdict.dropped) > rules.most:
         verdict.refused = f"{len(verdict.dropped)} keys that it does not know, it bears {rules.most}"
     for path, group in groups.items():
@@ -115,6 +156,8 @@ def _groups(verdict: Verdict, rules: Rules, contents: Contents, base: Base) -> d
     groups: dict[str, Group] = {}
     for key in contents.shapes:
         found = split(key)
+        if _WORD.fullmatch(key):
+            continue
         if re.fullmatch(rules.lost, key):
             verdict.act("drops", [key], "the library that it hands this key to expects another ending")
         elif rules.first and "lora_A" in first and _BEFORE_PEFT.fullmatch(key):
@@ -134,6 +177,67 @@ def _groups(verdict: Verdict, rules: Rules, contents: Contents, base: Base) -> d
         else:
             groups.setdefault(names[found.name], {})[found.dialect, found.role] = key
     return groups
+
+
+def bundled(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The words that lie in a LoRA's file: name -> part of the word (`clip_l` ...) -> key."""
+    words: dict[str, dict[str, str]] = {}
+    for found in filter(None, map(_WORD.fullmatch, keys)):
+        words.setdefault(found["name"], {})[found["part"]] = found[0]
+    return words
+
+
+def _words(verdict: Verdict, rules: Rules, contents: Contents, base: Base) -> None:
+    """What becomes of new words that lie in the file beside the LoRA."""
+    words = bundled(contents.shapes)
+    if not words:
+        return
+    several = rules.words == "apart" and len(words) > 1
+    if rules.words == "drops" or several:
+        _unmeant(verdict, words)
+        why = f"it reads {len(words)} words in one file as one" if several else "it reads no words in a LoRA"
+        verdict.act("drops", sorted(verdict.unmeant), why)
+        return
+    for name, own in words.items():
+        does, why = _word(own, contents.shapes, base)
+        if why:
+            verdict.act(does if rules.words == "reads" else "drops", own.values(), f"the word {name}: {why}")
+    if rules.words == "apart":
+        stem = contents.name.removesuffix(".safetensors")
+        verdict.cautions.append(
+            f"its reader of LoRAs says of {next(iter(words))} `lora key not loaded`; the same file among the "
+            f"embeddings gives it, as embedding:{stem}"
+        )
+
+
+def _word(own: Mapping[str, str], shapes: Sizes, base: Base) -> tuple[Does, str]:
+    """What a reader of bundles does with a word's tensors, and why; no reason where it takes them.
+
+    One that does not know their parts fails, and with it the file; vectors of a wrong width are left out.
+    """
+    widths = [
+        next(shape[1] for name, shape in tensors.items() if name.endswith("token_embedding.weight"))
+        for component, tensors in base.tensors.items()
+        if component.startswith("text_encoder")
+    ]
+    parts = list(BOTH) if len(widths) == 2 else [next((p for p in own if p == _VECTORS), next(iter(own)))]
+    if set(parts) != own.keys():
+        wanted = " and ".join(BOTH) if len(widths) == 2 else "one tensor"
+        # A1111 makes a word of one tensor, and leaves it out where the base's are wider.
+        return "drops" if len(own) == 1 else "refuses", f"found {' and '.join(own)}, expected {wanted}"
+    for part, width in zip(parts, widths, strict=True):
+        shape = shapes[own[part]]
+        if len(shape) != 2 or shape[1] != width:
+            return "drops", f"{part} is {list(shape)}, the text encoder is {width} wide"
+    return "drops", ""
+
+
+def _unmeant(verdict: Verdict, words: Mapping[str, Mapping[str, str]]) -> None:
+    """Words in a LoRA's file are for tools that read them there; the others have the words' own files."""
+    verdict.unmeant |= {key for own in words.values() for key in own.values()}
+    verdict.cautions.append(
+        f"a LoRA with words in it is not meant for {verdict.tool}: take the LoRA's and the words' own files"
+    )
 
 
 def everything(base: Base) -> dict[str, str]:

@@ -47,7 +47,7 @@ def judge(tool: str, contents: Contents, base: Base) -> Verdict:
             verdict.refused = f"{key} is {list(shape)}, the base's is {list(wanted[key])}"
     sizes = CHECKPOINTS[tool].sizes
     if (sizes == "published" and not published(base)) or (sizes == "detected" and not detected(base)):
-        verdict.refused = "it does not recognise a base of this size"
+        verdict.refuse_base("it does not recognise a base of this size")
     return verdict
 
 

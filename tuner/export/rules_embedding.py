@@ -27,7 +27,7 @@ def judge(tool: str, contents: Contents, base: Base) -> Verdict:
         used = dict(zip(PAIR, widths, strict=True))
         _pair(verdict, rules, contents)
     else:
-        used = {_first(contents): widths[0]}
+        used = {_first(contents, rules.named.get(base.family)): widths[0]}
         _one(verdict, rules, contents, next(iter(used)))
     for key, width in used.items():
         shape = contents.shapes.get(key)
@@ -41,9 +41,9 @@ def judge(tool: str, contents: Contents, base: Base) -> Verdict:
     return verdict
 
 
-def _first(contents: Contents) -> str:
-    """The tensor that a reader takes who takes one."""
-    return next((key for key in contents.shapes if key in _OWN), next(iter(contents.shapes)))
+def _first(contents: Contents, named: str | None) -> str:
+    """The tensor that a reader takes who takes one: the one that it looks for, else the file's first."""
+    return named if named in contents.shapes else next(iter(contents.shapes))
 
 
 def _one(verdict: Verdict, rules: Table, contents: Contents, first: str) -> None:

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from tuner.export.spelling import BLOCKS, FAMILIES, LAYERS, LORA, PROJECTION, PROJECTIONS, Spelling
 
 Does = Literal["drops", "refuses"]
+Words = Literal["reads", "apart", "drops", "refuses"]
 
 
 class Rules(NamedTuple):
@@ -37,6 +38,9 @@ class Rules(NamedTuple):
         rivals: families where it drops the original code's names if diffusers' stand beside them.
         first: it takes the UNet's keys for peft's if the first of them is, and drops the others then.
         lost: a regular expression of keys that it loses on the way.
+        words: what it does with new words that lie in the file (`bundle_emb.NAME.*`): it `reads` them with
+            the LoRA; its reader of LoRAs passes them by, but the same file lying `apart`, where words' files
+            lie, gives them; it `drops` them as any key of no module; or it `refuses` the file for them.
     """
 
     keys: str
@@ -54,6 +58,7 @@ class Rules(NamedTuple):
     rivals: tuple[str, ...] = ()
     first: bool = False
     lost: str = ""
+    words: Words = "drops"
 
 
 def _text(prefix: str, component: str, families: tuple[str, ...], only: str = PROJECTIONS) -> Spelling:
@@ -95,6 +100,7 @@ DIFFUSERS = (
         flat=False,
         alphas="commonest",
         rivals=TWO,
+        words="refuses",  # a file with them is none of kohya's to it, by `keys`
     ),
     Rules(
         keys=r".*lora",
@@ -114,6 +120,7 @@ DIFFUSERS = (
         flat=False,
         first=True,
         lost=r"text_encoder.*\.lora_magnitude_vector",
+        words="refuses",
     ),
 )
 
@@ -147,9 +154,12 @@ COMFYUI = (
             **{f"loha.{role}": "refuses" for role in ("w1_b", "w2_a", "w2_b")},
         },
         dora=True,
+        # comfy/sd1_clip.py, bundled_embed: of a file in models/embeddings; all of its words as one.
+        words="apart",
     ),
 )
-FORGE = (COMFYUI[0]._replace(most=12),)
+# It has no reader of words in a LoRA's file, unlike A1111 (its issue 345, open).
+FORGE = (COMFYUI[0]._replace(most=12, words="drops"),)
 
 A1111 = (
     Rules(
@@ -171,6 +181,7 @@ A1111 = (
         # OpenCLIP's attention is one module with fused q, k and v.
         whole_attention={"sd2": "text_encoder", "sdxl": "text_encoder_2"},
         dora=True,
+        words="reads",  # since 1.7 (its pull request 13568)
     ),
 )
 
@@ -201,6 +212,37 @@ ADAPTERS: Mapping[str, tuple[Rules, ...]] = {
 }
 
 
+class Label(NamedTuple):
+    """Metadata by which a web UI shows a LoRA as one of a family.
+
+    Attributes:
+        key: of the header; None for any metadata at all.
+        value: what it says.
+        family: what the file is shown as then.
+        starts: it is enough that the header's value starts with `value`.
+    """
+
+    key: str | None
+    value: str
+    family: str
+    starts: bool = False
+
+
+# The first that fits; where none does, the file is shown as unknown. extensions-builtin (sd_forge_lora) of the
+# two, network.py, NetworkOnDisk.detect_version. A1111 leaves out of its list what is shown as of another
+# family than the loaded base's (ui_extra_networks_lora.py), unless `lora_show_all` is set.
+_SDXL, _SD2 = Label("ss_base_model_version", "sdxl_", "sdxl", starts=True), Label("ss_v2", "True", "sd2")
+LABELS: Mapping[str, tuple[Label, ...]] = {
+    "A1111": (_SDXL, _SD2, Label(None, "", "sd1")),
+    "Forge": (
+        Label("modelspec.architecture", "stable-diffusion-xl-v1-base/lora", "sdxl"),
+        _SDXL,
+        _SD2,
+        Label("modelspec.architecture", "stable-diffusion-v1/lora", "sd1"),
+    ),
+}
+
+
 class Table(NamedTuple):
     """How a tool reads the vectors of new words (Textual Inversion).
 
@@ -210,6 +252,7 @@ class Table(NamedTuple):
         narrow: where the vectors are not as wide as the text encoder's.
         lists: one tensor [D] in place of [1, D] is taken.
         trigger: what the word is in prompts.
+        named: the key that it looks for, by family, before it takes the first tensor.
     """
 
     strangers: Does
@@ -217,11 +260,17 @@ class Table(NamedTuple):
     narrow: Does
     lists: bool
     trigger: Literal["key", "file"]
+    named: Mapping[str, str] = {}
 
 
+# ComfyUI: comfy/sd1_clip.py, load_embed, by its encoders' `embedding_key`. kohya's gen_img.py, and the start of
+# its train_textual_inversion.py, take the first tensor whatever it is called, one of [n, D] alone; for SDXL
+# clip_l and clip_g. `emb_params` is what that trainer writes, no name that anything looks for.
 EMBEDDINGS: Mapping[str, Table] = {
     "diffusers": Table("refuses", "drops", "refuses", lists=True, trigger="key"),
-    "ComfyUI": Table("drops", "drops", "refuses", lists=True, trigger="file"),
+    "ComfyUI": Table(
+        "drops", "drops", "refuses", lists=True, trigger="file", named={"sd1": "clip_l", "sd2": "clip_h"}
+    ),
     "A1111": Table("refuses", "refuses", "refuses", lists=True, trigger="file"),
     "Forge": Table("refuses", "refuses", "refuses", lists=True, trigger="file"),
     "kohya": Table("drops", "refuses", "refuses", lists=False, trigger="file"),
@@ -237,6 +286,8 @@ class Control(NamedTuple):
         heads: in the original layout it makes attention heads 64 wide where the base is not SD 1.5's size.
         eight: it gives every SD2 net 8 heads, whatever their width; no file can mend that.
         pools: what in a file's name (without its ending) turns on the pooling meant for `shuffle`.
+        pooled: families of which it pools.
+        faces: what in a file's name makes it read faces in place of prompts.
         lacking: what it does where a tensor is missing.
     """
 
@@ -245,6 +296,8 @@ class Control(NamedTuple):
     heads: bool = False
     eight: bool = False
     pools: str = ""
+    pooled: tuple[str, ...] = FAMILIES
+    faces: str = ""
     lacking: Does = "drops"
 
 
@@ -252,7 +305,14 @@ CONTROLNETS: Mapping[str, Control] = {
     "diffusers": Control(frozenset(), refuses={"cldm": TWO}, lacking="refuses"),
     "ComfyUI": Control(frozenset({"diffusers"}), heads=True, pools=r".*_shuffle(_fp16)?"),
     "Forge": Control(frozenset({"diffusers"}), heads=True, pools=r".*_shuffle(_fp16)?"),
-    "sd-webui-controlnet": Control(frozenset({"diffusers", "cldm"}), eight=True, pools=r".*(?i:shuffle).*"),
+    # scripts/controlnet_model_guess.py, build_model_by_guess: by the file's name, `instant_id` by its path too.
+    "sd-webui-controlnet": Control(
+        frozenset({"diffusers", "cldm"}),
+        eight=True,
+        pools=r".*(?i:shuffle).*",
+        pooled=ONE,
+        faces=r".*(?i:instant_id).*",
+    ),
 }
 
 

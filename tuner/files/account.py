@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tuner.errors import UserError
 from tuner.export import contents as reading
@@ -27,7 +27,7 @@ def tools_for(identity: Identity) -> tuple[str, ...]:
         return tuple(ADAPTER_TOOLS)
     if identity.kind == "embedding":
         return tuple(EMBEDDINGS)
-    if identity.kind == "ControlNet":
+    if identity.kind in ("ControlNet", "Control-LoRA"):
         return tuple(CONTROLNETS)
     if identity.kind == "checkpoint":
         return tuple(CHECKPOINTS)
@@ -40,11 +40,69 @@ def judge(tool: str, contents: Contents, identity: Identity, base: Base) -> Verd
         return rules.judge(tool, contents, base)
     if identity.kind == "embedding":
         return rules_embedding.judge(tool, contents, base)
-    if identity.kind == "ControlNet":
+    if identity.kind in ("ControlNet", "Control-LoRA"):
         return rules_controlnet.judge(tool, contents, base)
     if identity.kind == "checkpoint":
         return rules_checkpoint.judge(tool, contents, base)
     return _component(tool, contents, base)
+
+
+class Account(NamedTuple):
+    """What several tools make of a file.
+
+    Attributes:
+        loads: the tools that load all of it.
+        aside: why it is not for a tool, though nothing is wrong with it -> those tools.
+        problems: why a tool would load it in part or not at all, one for each such tool.
+    """
+
+    loads: list[str]
+    aside: dict[str, list[str]]
+    problems: list[str]
+
+    def told(self) -> str:
+        """`ComfyUI and Forge load all of it by their rules of naming; A1111 does not: ...`."""
+        verb = "loads" if len(self.loads) == 1 else "load"
+        its = "its" if len(self.loads) == 1 else "their"
+        parts = [f"{listed(self.loads)} {verb} all of it by {its} rules of naming"] if self.loads else []
+        for reason, tools in self.aside.items():
+            parts.append(f"{listed(tools)} {'does' if len(tools) == 1 else 'do'} not: {reason}")
+        return "; ".join([*parts, *self.problems])
+
+
+def ask(contents: Contents, base: Base, tools: Sequence[str] = ()) -> Account:
+    """Ask tools what they make of a file; all that have a use for one of its kind where none are named."""
+    identity = identify(contents)
+    found = Account([], {}, [])
+    for tool in tools or tools_for(identity):
+        verdict = judge(tool, contents, identity, base)
+        if verdict.loads == "all":
+            found.loads.append(tool)
+        elif verdict.aside:
+            found.aside.setdefault(verdict.aside, []).append(tool)
+        else:
+            reasons = "; ".join(verdict.reasons())
+            found.problems.append(f"{tool} would load {verdict.loads} of it: {reasons}")
+    return found
+
+
+def summary(path: Path, base: Base, tools: Sequence[str] = ()) -> str:
+    """A line about a file that was written from another one: what the tools make of it.
+
+    What a tool does not read of the other file it does not read of this one: that is told, no error.
+
+    Raises:
+        UserError: none of the tools loads all of it.
+    """
+    found = ask(reading.read(path), base, tools)
+    if not found.loads:
+        raise UserError(f"{path.name} was written, but no tool loads all of it on {base.name}: {found.told()}")
+    return f"{path.name}: {found.told()} (on {base.name})"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
 
 
 def describe(path: Path, base: str | None) -> dict[str, Any]:
@@ -126,7 +184,7 @@ def check(path: Path, base: str | None, asked: Sequence[str]) -> list[str]:
     for tool in tools:
         verdict = judge(tool, contents, identity, made)
         reasons = [*verdict.reasons(), *verdict.cautions]
-        if verdict.loads == "part" or (asked and verdict.loads == "nothing"):
+        if verdict.faulty or (asked and verdict.loads != "all"):
             problems += [
                 f"{path.name}: {tool} would load {verdict.loads} of it",
                 *(f"  {r}" for r in reasons),

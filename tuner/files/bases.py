@@ -91,6 +91,8 @@ def _told(metadata: Mapping[str, str]) -> str | None:
 
 def _score(contents: Contents, identity: Identity, made: Base) -> int:
     """How many of a file's tensors fit a base by name and size."""
+    if rules_controlnet.is_low_rank(contents):
+        return len(contents.shapes) - len(rules_controlnet.problems(contents, made))
     if rules_controlnet.layout(contents) is not None:
         wanted = rules_controlnet.expected(contents, made)
         return sum(wanted.get(key) == shape for key, shape in contents.shapes.items())

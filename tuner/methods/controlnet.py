@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal
 
-import safetensors
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from tuner import components
+from tuner.adapters import controlnets, factors
 from tuner.batch import Batch
-from tuner.block import Block
+from tuner.block import Block, Conflict
 from tuner.data import conditions
 from tuner.errors import UserError
-from tuner.export import cldm
+from tuner.export import cldm, control_lora
 from tuner.export.component import save_component
-from tuner.export.files import load, save
+from tuner.export.files import save
 from tuner.export.metadata import Kind
 from tuner.family import Cond, Family
 from tuner.files import bases
@@ -32,7 +32,6 @@ GAUSSIAN = 0.02
 """Deviation of the output convolutions' weights with `init: gaussian`, the ablation of section 4.2."""
 
 DECODER = ("up_blocks", "conv_norm_out", "conv_out")
-_OWN_CONFIG = ("upcast_attention",)  # a matter of precision, which differs between published files
 
 
 class Config(Block):
@@ -50,6 +49,12 @@ class Config(Block):
         None,
         min_length=1,
         description="a ControlNet to go on from: a diffusers folder or a .safetensors file",
+    )
+    rank: int | None = Field(
+        None,
+        ge=1,
+        description="low-rank: factors of at most this rank beside the base's frozen weights are trained, "
+        "and exported as a small Control-LoRA file besides; null: the whole clone",
     )
     init: Literal["zero", "gaussian"] = Field(
         "zero", description="how the branch's output convolutions begin; gaussian is an ablation"
@@ -89,6 +94,14 @@ class Config(Block):
         )
         return begins | locked
 
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.rank is not None and self.arch == "lite":
+            yield Conflict(
+                ("rank",),
+                "found together with arch: lite, whose weights are drawn: the base has none for a low-rank "
+                "change; expected null, or arch: full",
+            )
+
 
 class ControlNet(Method):
     """The clone with its condition encoder is trained; the whole base is frozen.
@@ -96,6 +109,12 @@ class ControlNet(Method):
     With `unlock_decoder_at` (the released code's `sd_locked: False`) the base's decoder is a parameter from
     the start, so that every process and every checkpoint has the same ones; until that step its gradients are
     taken away before the update, so that it stays as it is bitwise and no optimiser state is made for it.
+
+    With `rank` the clone's weights are the base's own, frozen, each with a low-rank change that is trained
+    (tuner/adapters/factors.py). Trained whole are the layers that the base does not have (condition encoder,
+    zero convolutions, an inpainting base's first convolution) and the norms, which the published Control-LoRA
+    files hold whole. They hold the other layers' biases too, but diffusers does not read those: they stay the
+    base's.
     """
 
     kind: ClassVar[Kind] = "controlnet"
@@ -106,6 +125,7 @@ class ControlNet(Method):
     def __init__(self, config: Config, family: Family, seed: int) -> None:
         super().__init__(config, family, seed)
         self._off = False
+        start = None if config.start is None else Path(config.start)
         with torch.random.fork_rng():
             torch.manual_seed(seed)  # the condition encoder is drawn; the clone and the zeros are not
             branch: Any = family.control_branch(config.conditioning_channels)
@@ -113,9 +133,12 @@ class ControlNet(Method):
                 branch = _lite(branch)
             if config.init == "gaussian":
                 _draw_outputs(branch)
-        if config.start is not None:
-            _fill(branch, Path(config.start))
-        self.branch: nn.Module = branch.float().requires_grad_(True)
+            branch.float()
+            if config.rank is not None:
+                controlnets.factor(branch, family, config.rank, start)
+            elif start is not None:
+                controlnets.fill(branch, start)
+        self.branch: nn.Module = branch.requires_grad_(True)
         self.decoder = nn.ModuleDict()
         self._locked: dict[str, Tensor] = {}
         if config.unlock_decoder_at is not None:
@@ -185,33 +208,68 @@ class ControlNet(Method):
 
     def export(self, family: Family, folder: Path, card: Card) -> list[Path]:
         """The folder `diffusers/`; for the other tools, where they can read it, one file in the original
-        layout; and the folder `unet/` of a base whose decoder was unlocked."""
-        config, state = public_config(self.branch), card.cast(self.branch.state_dict())
+        layout; with a rank the factors in `control_lora/`; and the folder `unet/` of a base whose decoder was
+        unlocked."""
+        config, state = public_config(self.branch), card.cast(self.whole(family))
         written = [save_component(folder / "diffusers", config, state, card.header(self.kind, state))]
         if config["mid_block_type"] == "UNetMidBlock2DCrossAttn":
             tensors = cldm.to_cldm(state, config)
             name = f"control_{family.version}_{card.name}.safetensors"
             written.append(save(folder / name, tensors, card.header(self.kind, tensors)))
+        if self.config.rank is not None:
+            small = control_lora.to_file(card.cast(self.low_rank(family)), config)
+            place = folder / control_lora.FOLDER / control_lora.file_name(family.version, card.name)
+            written.append(save(place, small, self._header(place, card, small)))
         if len(self.decoder):
             tensors, place = card.cast(self.base(family)), folder / "unet"
-            header = card.header(self.kind, tensors)
-            if header:
-                header |= self.retold(place / "weights", card)
+            header = self._header(place / "weights", card, tensors)
             written.append(save_component(place, public_config(family.denoiser), tensors, header))
         return written
 
+    def _header(self, path: Path, card: Card, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        header = card.header(self.kind, tensors)
+        return header | self.retold(path, card) if header else {}
+
     def retold(self, path: Path, card: Card) -> dict[str, str]:
-        """The UNet's folder is a part of a base."""
+        """The UNet's folder is a part of a base; factors tell their rank."""
         told = card.metadata.get(self.kind, {}).get("modelspec.architecture")
-        unet = path.parent.name == "unet" and told is not None
-        return {"modelspec.architecture": str(told).removesuffix("/controlnet")} if unet else {}
+        if path.parent.name == control_lora.FOLDER:
+            own = {control_lora.RANK: str(self.config.rank)}
+            ending = "/control-lora"  # as SwarmUI's T2IModelClassSorter calls them
+        elif path.parent.name == "unet":
+            own, ending = {}, ""
+        else:
+            return {}
+        if told is not None:
+            own["modelspec.architecture"] = str(told).removesuffix("/controlnet") + ending
+        return own
+
+    def whole(self, family: Family) -> dict[str, Tensor]:
+        """The branch's tensors as every tool builds it: factors are added to the base's weights."""
+        state = self.branch.state_dict()
+        return state if self.config.rank is None else control_lora.whole(state, self.frozen(family))
+
+    def low_rank(self, family: Family) -> dict[str, Tensor]:
+        """The branch's factors, the biases beside them, and what is trained whole."""
+        biases = {name: t for name, t in self.frozen(family).items() if name.endswith(".bias")}
+        return {**self.branch.state_dict(), **biases}
+
+    def frozen(self, family: Family) -> dict[str, Tensor]:
+        """The base's tensors beside which the factors are, as its file has them."""
+        weights = _weights(family)
+        return {name: weights[name] for name in factors.frozen_names(self.branch)}
 
     def base(self, family: Family) -> dict[str, Tensor]:
         """The UNet's tensors with the trained decoder; the rest as its file has it, not as it is held."""
-        folder: Path | None = getattr(family, "folder", None)
-        new = getattr(family, "digests", {}).get("unet", "").startswith("new ")
-        whole = family.denoiser if folder is None or new else components.load("unet", folder / "unet")
-        return {**whole.state_dict(), **self.decoder.state_dict()}
+        return {**_weights(family), **self.decoder.state_dict()}
+
+
+def _weights(family: Family) -> dict[str, Tensor]:
+    """The UNet's tensors as its file has them, not as they are held; of a new one as they are held."""
+    folder: Path | None = getattr(family, "folder", None)
+    new = getattr(family, "digests", {}).get("unet", "").startswith("new ")
+    whole = family.denoiser if folder is None or new else components.load("unet", folder / "unet")
+    return whole.state_dict()
 
 
 def _lite(branch: Any) -> nn.Module:
@@ -232,50 +290,6 @@ def _draw_outputs(branch: Any) -> None:
     """The 1x1 convolutions where the branch joins the base begin as noise instead of zeros."""
     for layer in (*branch.controlnet_down_blocks, branch.controlnet_mid_block):
         nn.init.normal_(layer.weight, std=GAUSSIAN)
-
-
-def _fill(branch: Any, start: Path) -> None:
-    """Put the tensors of another ControlNet into a branch; each has to have its place.
-
-    Raises:
-        UserError: there is no such ControlNet, or it is not one of this base.
-    """
-    where = f"method.controlnet.start: {start}"
-    if start.is_dir():
-        _check_config(where, bases.config(start), dict(branch.config))
-        tensors: Mapping[str, Tensor] = bases.weights(start)
-    else:
-        tensors = _from_file(where, start, public_config(branch))
-    if differs := components.misfit(tensors, branch.state_dict()):
-        raise UserError(f"{where}: no ControlNet of this base and of these conditioning_channels: {differs}")
-    branch.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-
-
-def _from_file(where: str, path: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A single file's tensors in diffusers' names; it has those or the original layout's."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise UserError(f"{where}: expected a diffusers folder or a .safetensors file that is there")
-    try:
-        tensors, _ = load(path)
-        if any(name.startswith("controlnet_") for name in tensors):
-            return tensors
-        return cldm.from_cldm(tensors, config)
-    except cldm.LayoutError as error:
-        raise UserError(f"{where}: no ControlNet of this base: {error}") from error
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{where}: not a whole .safetensors file: {error}") from error
-
-
-def _check_config(where: str, told: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises UserError where a folder's configuration is not that of this base's ControlNets."""
-    for key in sorted(told.keys() & wanted.keys() - set(_OWN_CONFIG)):
-        has, wants = _plain(told[key]), _plain(wanted[key])
-        if not key.startswith("_") and has != wants:
-            raise UserError(f"{where}: config.json says {key} {has}, this base's ControlNet has {wants}")
-
-
-def _plain(value: Any) -> Any:
-    return list(cast(Any, value)) if isinstance(value, (list, tuple)) else value
 
 
 METHOD = ControlNet

@@ -16,9 +16,10 @@ from tuner.errors import UserError
 from tuner.export import original
 from tuner.export.cldm import LayoutError
 from tuner.export.component import save_component
-from tuner.export.files import save
+from tuner.export.files import folder_whole, save
 from tuner.export.metadata import Kind
 from tuner.family import Family
+from tuner.files import pipeline
 from tuner.method import Card, Method, Prior, public_config
 
 
@@ -33,6 +34,9 @@ class Config(Block):
     prior: Prior | None = Field(None, description="class pictures that are half of every batch (DreamBooth)")
     checkpoint_file: bool = Field(
         True, description="export, besides, the whole model as one file in the original layout"
+    )
+    pipeline: bool = Field(
+        True, description="export diffusers/ as a whole pipeline; false: the trained networks' folders alone"
     )
 
     def unused(self) -> dict[str, str]:
@@ -72,6 +76,10 @@ class Full(Method):
         if config.checkpoint_file:
             _check_layout(family)
 
+    @classmethod
+    def exact(cls, config: Config) -> tuple[str, ...]:
+        return ("unet",) * config.unet + ("text_encoder",) * config.text_encoder
+
     @property
     def prior(self) -> Prior | None:
         return self.config.prior
@@ -91,18 +99,47 @@ class Full(Method):
         return groups + ([{"params": text, "lr": own}] if text else [])
 
     def export(self, family: Family, folder: Path, card: Card) -> list[Path]:
-        """Component folders below `diffusers/`, and the whole model as `NAME.safetensors`."""
+        """The pipeline's folder `diffusers/` (or the trained networks' below it), and `NAME.safetensors`.
+
+        Returns:
+            The weights that were trained; what the pipeline has of the base lies beside.
+        """
+        whole = folder / "diffusers"
         written = []
-        for name, network in self.networks().items():
-            tensors, place = card.cast(network.state_dict()), folder / "diffusers" / name
-            header, config = card.header(self.kind, tensors), public_config(network)
-            weights = {} if name == "unet" else {"weights": "model.safetensors"}
-            written.append(save_component(place, config, tensors, header, **weights))
+        with folder_whole(whole) as beside:
+            for name, network in self.networks().items():
+                tensors = card.cast(network.state_dict())
+                header, config = card.header(self.kind, tensors), public_config(network)
+                path = save_component(beside / name, config, tensors, header, _weights_file(name))
+                written.append(whole / path.relative_to(beside))
+            if self.config.pipeline:
+                self._complete(family, beside)
         if self.config.checkpoint_file:
             tensors = card.cast(self.whole(family))
             path = folder / f"{card.name}.safetensors"
             written.append(save(path, tensors, card.header(self.kind, tensors)))
         return written
+
+    def _complete(self, family: Family, place: Path) -> None:
+        """Put beside the trained networks what a pipeline has besides: of the base, as its files have it."""
+        assert self.folder is not None, "a base has a folder"
+        names = list(original.PLACES[family.name])
+        for name in (name for name in names if name not in self.networks()):
+            source = _source(family, name)
+            if source is not None:
+                pipeline.copy_component(source, place / name)
+            else:  # drawn at random, and frozen
+                network = family.modules()[name]
+                tensors = {key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}
+                save_component(place / name, public_config(network), tensors, {}, _weights_file(name))
+        for name in (n.replace("text_encoder", "tokenizer") for n in names if n.startswith("text_encoder")):
+            pipeline.copy_tokenizer(self.folder / name, place / name)
+        pipeline.write_scheduler(
+            self.folder / "scheduler", place / "scheduler", family.scheduler_config
+        )
+        networks = {name: components.KINDS[name] for name in names}
+        kind = f"{family.PIPELINES}{'Inpaint' * family.inpainting}Pipeline"
+        pipeline.write_index(self.folder, place, kind, networks)
 
     def whole(self, family: Family) -> dict[str, Tensor]:
         """The model in the original layout: what was trained, and the rest as the base's files have it."""
@@ -131,12 +168,24 @@ def _read(family: Family) -> list[nn.Parameter]:
 
 def _frozen(family: Family, name: str) -> nn.Module:
     """A network that is not trained, from its file: in memory it may be held in half precision."""
+    source = _source(family, name)
+    return family.modules()[name] if source is None else components.load(name, source)
+
+
+def _source(family: Family, name: str) -> Path | None:
+    """The folder that a network of the base was loaded from; None where it was drawn at random."""
     folder: Path | None = getattr(family, "folder", None)
     new = family.digests.get(name, "").startswith("new ") if hasattr(family, "digests") else False
     if folder is None or new:
-        return family.modules()[name]
+        return None
     own_vae = name == "vae" and family.options.vae is not None
-    return components.load(name, cast(Path, family.options.vae) if own_vae else folder / name)
+    return cast(Path, family.options.vae) if own_vae else folder / name
+
+
+def _weights_file(name: str) -> str:
+    """How its library calls a network's weights."""
+    diffusers = components.KINDS[name][0] == "diffusers"
+    return f"{components.WEIGHTS}.safetensors" if diffusers else "model.safetensors"
 
 
 def _configs(family: Family) -> Mapping[str, Mapping[str, Any]]:

@@ -73,6 +73,12 @@ class Lora(Method):
         self._inject(family, seed, filled)
         self._check_tools()
 
+    @classmethod
+    def exact(cls, config: Config) -> tuple[str, ...]:
+        """All of what it sits on where it begins with the base's numbers (magnitudes), or adds to them."""
+        reads = config.kind == "dora" or config.init == "orthogonal" or bool(config.merge)
+        return ("unet", "text_encoder") if reads else ()
+
     @cached_property
     def components(self) -> list[str]:
         """The networks with adapters, in the base's order."""

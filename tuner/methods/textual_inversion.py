@@ -173,6 +173,11 @@ class TextualInversion(Method):
         self.SETTLES = config.norm == "kept"
         self._off = False
 
+    @classmethod
+    def exact(cls, config: Config) -> tuple[str, ...]:
+        """Words start from the known rows."""
+        return ("text_encoder",)
+
     def start(self, encoder: str) -> Tensor:
         """Where a text encoder's rows started [n, D]."""
         start: Tensor = getattr(self, f"start_{encoder}")

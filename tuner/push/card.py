@@ -220,6 +220,9 @@ def _word(tool: str, part: Part) -> str:
         return ""
     if part.kind == "embedding":
         return f"`embedding:{part.stem}`" if tool == "ComfyUI" else f"`{part.stem}`"
+    if part.words:
+        names = " ".join(part.words)
+        return f"`embedding:{part.stem}`" if tool == "ComfyUI" else f"`{names} <lora:{part.stem}:1>`"
     return f"`<lora:{part.stem}:1>`" if tool in ("A1111", "Forge") else ""
 
 

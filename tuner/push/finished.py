@@ -72,6 +72,17 @@ class Finished:
             return str(json.loads(told)["name"])
         return metadata.local_name(str(dig(self.recipe, "base", "path")))
 
+    @property
+    def inpainting(self) -> bool:
+        """Whether the base is shown a hole: as the exports tell it, else by its files, else by its name."""
+        told = self.header.get("tuner.base")
+        if told is not None:
+            return bool(json.loads(told).get("inpainting", False))
+        config = Path(str(dig(self.recipe, "base", "path"))) / "unet" / "config.json"
+        if config.is_file():
+            return int(read_json(config).get("in_channels", 4)) == 9
+        return "inpaint" in self.base.lower()
+
     def scalar(self, name: str) -> float | None:
         """The last value until the exports' step."""
         values = [value for step, value in self.records.scalars.get(name, []) if step <= self.step]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -229,7 +228,7 @@ def _usage(source: Finished, wish: Wish, trigger: str | None, shown: list[Shown]
         family=next((part.family for part in source.parts if part.family), "sd1"),
         prompt=[*prompts, example][0],
         revision=dig(recipe, "base", "revision"),
-        inpainting=_inpainting(raw, base),
+        inpainting=source.inpainting,
         negative=str(preview.get("negative", "")),
         size=resolution if isinstance(resolution, int) else 512,
         steps=int(preview.get("steps", 20)),
@@ -249,14 +248,6 @@ def _scheduler(objective: Mapping[str, Any]) -> dict[str, Any]:
     if objective.get("zero_terminal_snr"):
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return settings
-
-
-def _inpainting(path: str, name: str) -> bool:
-    """Whether the base fills holes: by its UNet's configuration where it is here, else by its name."""
-    config = Path(path) / "unet" / "config.json"
-    if config.is_file():
-        return int(json.loads(config.read_text(encoding="utf-8")).get("in_channels", 4)) == 9
-    return "inpaint" in name.lower()
 
 
 def _measures(source: Finished, pictures: Pictures) -> Iterator[Measure]:

@@ -14,9 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 from tuner.export import contents
 from tuner.export.identify import identify
+from tuner.export.rules import bundled
 
 STEP = re.compile(r"step-(\d+)")  # the folder of a step's exports, and the stem of its previews
 LORA = "LoRA"
+BUNDLE = "LoRA with words"
 TOOLS = ("diffusers", "ComfyUI", "A1111", "Forge", "kohya sd-scripts")
 _PLACES: Mapping[str, Mapping[str, str]] = {  # the kind of a file -> tool -> folder or option
     "adapter": {"ComfyUI": "models/loras/", "A1111": "models/Lora/", "Forge": "models/Lora/"},
@@ -31,6 +33,7 @@ _PLACES: Mapping[str, Mapping[str, str]] = {  # the kind of a file -> tool -> fo
         "A1111": "models/ControlNet/ (with the extension sd-webui-controlnet)",
         "Forge": "models/ControlNet/",
     },
+    "Control-LoRA": {"ComfyUI": "models/controlnet/", "Forge": "models/ControlNet/"},
     "checkpoint": {
         "ComfyUI": "models/checkpoints/",
         "A1111": "models/Stable-diffusion/",
@@ -60,6 +63,7 @@ class Part(NamedTuple):
         family: sd1, sd2, sdxl or None.
         tokens: the words that a file of vectors holds.
         about: what else is worth saying, such as ranks.
+        words: those that lie in a LoRA's file; see rules.Rules.words.
     """
 
     path: str
@@ -68,6 +72,7 @@ class Part(NamedTuple):
     family: str | None
     tokens: tuple[str, ...] = ()
     about: str = ""
+    words: tuple[str, ...] = ()
 
     @property
     def stem(self) -> str:
@@ -78,6 +83,9 @@ class Part(NamedTuple):
         """Tool -> where the file goes; only tools that load all of it, diffusers left out."""
         if self.kind == LORA:
             return {**_PLACES["adapter"], **_KOHYA_LORA} if self.layout.startswith("kohya") else {}
+        if self.kind == BUNDLE:  # ComfyUI reads the words of a file as one, where files of words lie
+            both = {"ComfyUI": "models/loras/ and models/embeddings/"} if len(self.words) == 1 else {}
+            return {**both, "A1111": _PLACES["adapter"]["A1111"]}
         if self.kind in ("LoHa", "LoKr", "full differences"):
             return dict(_PLACES["adapter"])
         if self.kind == "ControlNet" and self.layout != "cldm":
@@ -132,7 +140,10 @@ def _file(path: Path, root: Path) -> Part:
         about = ", ".join(f"{count} vector{'s' * (count > 1)}" for count in found.tokens.values())
     if found.layout == "clip_l + clip_g":  # its keys do not tell the word
         tokens = (read.metadata.get("modelspec.trigger_phrase", path.stem),)
-    return Part(path.relative_to(root).as_posix(), found.kind, found.layout, found.family, tokens, about)
+    words, kind = tuple(bundled(read.shapes)), found.kind
+    if words:
+        kind, about = BUNDLE, f"{about}; {', '.join(words)}"
+    return Part(path.relative_to(root).as_posix(), kind, found.layout, found.family, tokens, about, words)
 
 
 @dataclass(frozen=True)

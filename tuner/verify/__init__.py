@@ -1,7 +1,9 @@
 """Every export is loaded back, and its effect compared with the trainer's own, before a run says it is done.
 
 One file for each method, found by the method's file name. Its `check(scene, method, files, card)` proves the
-method's files through the loaders that users have (diffusers, transformers) and returns a line for each.
+method's files through the loaders that users have (diffusers, transformers) and returns a line for each. What
+the other tools make of a single file is asked of their rules, whatever the method: tools.py, and lora.py for
+files that are not for every tool.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from tuner.method import Card, Method
 from tuner.verify.compare import VerifyError
 from tuner.verify.public import check_metadata
 from tuner.verify.scene import Scene, exact
+from tuner.verify.tools import check_names, told
 
-__all__ = ["VerifyError", "check"]
+__all__ = ["VerifyError", "check", "check_names"]
 
 
 class _Check(Protocol):
@@ -45,7 +48,8 @@ def check(family: Family, methods: Sequence[Method], files: Sequence[Path], card
 
     Raises:
         VerifyError: a file lacks or has too many keys, does not load, says what it should not about the
-            machine, or has another effect than the trainer's own; the message names keys or the difference.
+            machine, or has another effect than the trainer's own; or a tool that it is for would load it in
+            part; the message names keys or the difference.
     """
     lines: dict[Path, str] = {}
     own = [path for path in files if path.parent.name != embedding.FOLDER]
@@ -56,15 +60,20 @@ def check(family: Family, methods: Sequence[Method], files: Sequence[Path], card
                 proved = _check_of(method)(scene, method, own, card)
             for path in proved:
                 check_metadata(path, {**card.metadata.get(method.kind, {}), **method.retold(path, card)})
-            lines |= proved
+            lines |= proved if method.kind == "lora" else _with_tools(proved, family)
         lora, words = (_of_kind(methods, kind) for kind in ("lora", "textual_inversion"))
         if lora is not None and words is not None:
             together = importlib.import_module("tuner.verify.together")
-            lines |= together.check(scene, lora, words, files, card)
+            lines |= _with_tools(together.check(scene, lora, words, files, card), family)
     if unproved := [path.name for path in files if path not in lines]:
         raise VerifyError(f"{len(unproved)} of {len(files)} exported files have no check: {unproved}")
     assert len(lines) == len(files) > 0
     return [lines[path] for path in files]
+
+
+def _with_tools(proved: dict[Path, str], family: Family) -> dict[Path, str]:
+    """The lines, with what the tools make of the files."""
+    return {path: "; ".join(filter(None, [line, told(path, family)])) for path, line in proved.items()}
 
 
 def _of_kind(methods: Sequence[Method], kind: str) -> Method | None:

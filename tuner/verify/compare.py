@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tuner.errors import UserError
 from tuner.export import files as export_files
+from tuner.method import stored_type
 
 EFFECT = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """How far an effect may be off, relative to its size, by the type it was stored in: a multiple of the type's
@@ -22,8 +23,8 @@ WHOLE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 be lost in the type's rounding."""
 
 READ = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 1e-2}
-"""How far the effect may be off that of the trained tensors in the type they were stored in: only alpha,
-which a LoRA holds in that type too, and the order of sums differ."""
+"""How far the effect may be off that of the trained tensors in the type they were stored in, where tools
+may compute in it; else only the order of sums differs."""
 
 NOISE = 1e-5
 """How far a prediction may be off relative to its own size, whatever the effect: rounding of float32 sums."""
@@ -88,14 +89,14 @@ def same_keys(where: str, found: Iterable[str], expected: Iterable[str]) -> int:
 def same_tensors(
     where: str, found: Mapping[str, Tensor], trained: Mapping[str, Tensor], dtype: torch.dtype
 ) -> int:
-    """Require the trained tensors, each rounded to `dtype`, bitwise; returns how many.
+    """Require the trained tensors, each as a file in `dtype` holds it, bitwise; returns how many.
 
     Raises:
         VerifyError: keys, shapes, types or values differ.
     """
     count = same_keys(where, found, trained)
     for name, tensor in trained.items():
-        wanted = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+        wanted = tensor.detach().to(stored_type(name, tensor, dtype))
         have = found[name].to(wanted.device)
         if have.shape != wanted.shape or have.dtype != wanted.dtype:
             raise VerifyError(

@@ -1,15 +1,22 @@
-"""ControlNet: the folder steers as the trained branch does, and the single file holds the same tensors."""
+"""ControlNet: the folder steers as the trained branch does, and the single file holds the same tensors.
+
+A low-rank branch's folder has the factors added to the base's weights; the file of factors gives the same on
+the base, also as diffusers reads it.
+"""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from tuner.export import cldm
+from tuner.adapters import factors
+from tuner.export import cldm, control_lora
 from tuner.family import Control
 from tuner.method import Card, Method, public_config
 from tuner.methods.controlnet import DECODER, ControlNet
@@ -17,6 +24,7 @@ from tuner.text import Text
 from tuner.verify.compare import (
     LOADING,
     VerifyError,
+    distance,
     load,
     one,
     same_effect,
@@ -28,21 +36,27 @@ from tuner.verify.compare import (
 from tuner.verify.component import read_back
 from tuner.verify.scene import Scene, rounded
 
+_SAME = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+"""How far a tensor may be off, relative to its size: the order of sums, and the rounding of frozen biases."""
+
 
 def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> dict[Path, str]:
-    """Prove `diffusers/`, the file in the original layout, and the UNet of an unlocked decoder.
+    """Prove `diffusers/`, the file in the original layout, that of factors, and an unlocked decoder's UNet.
 
     Raises:
         VerifyError: keys, tensors, configuration, residuals or the steered prediction are not the trainer's.
     """
     assert isinstance(method, ControlNet)
     whole = one(files, "diffusers/diffusion_pytorch_model.safetensors")
-    loaded, count = read_back(whole, method.branch, card)
+    trained = _complete(method, scene)
+    loaded, count = read_back(whole, trained, card)
     text = scene.text(method)
-    control = _steer(scene, method, loaded, text)
-    with rounded([*method.branch.parameters(), *method.branch.buffers()], card.dtype):
-        residuals = _same_residuals(control, _steer(scene, method, method.branch, text), card.dtype)
+    control = _steer(scene, method, loaded.to(scene.family.device), text)
     del loaded
+    trained.to(scene.family.device)
+    with rounded([*trained.parameters(), *trained.buffers()], card.dtype):
+        residuals = _same_residuals(control, _steer(scene, method, trained, text), card.dtype)
+    del trained
     lines = {}
     denoiser = scene.family.denoiser
     if method.decoder:
@@ -52,7 +66,10 @@ def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> di
     found = scene.family.predict(denoiser, scene.x_t, scene.t, scene.cond(text), control)
     with method.off(scene.family):
         base = scene.with_denoiser(scene.family.denoiser, text)
-    error = same_effect("diffusers/: the prediction", found, own, base, card.dtype)
+    kept = _as_held(method, scene, card.dtype)
+    error = same_effect("diffusers/: the prediction", found, own, base, kept)
+    if method.config.rank is not None:
+        _small(scene, method, files, card, lines)
     readers = _single(whole, method, files, scene.family.version, card, lines)
     lines[whole] = (
         f"diffusers/: all {count} tensors loaded by diffusers; {residuals} residuals right, a prediction "
@@ -60,6 +77,77 @@ def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> di
         f"({short(card.dtype)}){readers}"
     )
     return lines
+
+
+def _complete(method: ControlNet, scene: Scene) -> nn.Module:
+    """The trained branch as other tools build it; of a low-rank one a new network, on the CPU."""
+    if method.config.rank is None:
+        return method.branch
+    kind: Any = type(method.branch)
+    made: nn.Module = kind.from_config(method.branch.config).eval().requires_grad_(False)
+    made.load_state_dict(method.whole(scene.family))
+    return made
+
+
+def _as_held(method: ControlNet, scene: Scene, dtype: torch.dtype) -> torch.dtype:
+    """The type that bounds the effect: bfloat16 where the trainer holds the base in less than its file does.
+
+    Exports are made of the weights as the file has them.
+    """
+    if method.config.rank is None:
+        return dtype
+    files = method.frozen(scene.family)
+    for path, layer in factors.factored(method.branch):
+        held = layer.frozen()[0]
+        if not torch.equal(held, files[f"{path}.weight"].to(held)):
+            return torch.bfloat16
+    return dtype
+
+
+def _small(
+    scene: Scene, method: ControlNet, files: Sequence[Path], card: Card, lines: dict[Path, str]
+) -> None:
+    """Prove the file of factors: what it makes of the base's weights, and how diffusers reads it."""
+    family, config = scene.family, public_config(method.branch)
+    name = f"{control_lora.FOLDER}/{control_lora.file_name(family.version, card.name)}"
+    path = one(files, name)
+    tensors = load(path)
+    wanted = control_lora.to_file(method.low_rank(family), config)
+    count = same_tensors(name, tensors, wanted, card.dtype)
+    made = control_lora.whole(control_lora.from_file(tensors, config), method.frozen(family))
+    with rounded(method.branch.parameters(), card.dtype):
+        trained = method.whole(family)
+    same_keys(f"{name}, on the base,", made, trained)
+    for key, tensor in trained.items():
+        error = distance(made[key].to(tensor.device), tensor)
+        if not error <= _SAME[card.dtype if key.endswith(".bias") else torch.float32]:
+            raise VerifyError(f"{name}, on the base: {key} is off by {error:.2g} of its size")
+    told = f"{name}: all {count} tensors (rank {method.config.rank}), with which the base is the folder's"
+    lines[path] = f"{told}{_diffusers(scene, method, path, card)}"
+
+
+def _diffusers(scene: Scene, method: ControlNet, path: Path, card: Card) -> str:
+    """Compare what diffusers makes of the file on a clone of the base; says who reads it."""
+    family = scene.family
+    if public_config(method.branch)["layers_per_block"] != 2 or family.inpainting:
+        return "; diffusers reads it on bases of two layers a level that do not fill holes, not on this one"
+    clone: Any = family.control_branch(method.config.conditioning_channels)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            clone.load_lora_adapter(
+                str(path.parent), weight_name=path.name, prefix=None, local_files_only=True
+            )
+    except LOADING as error:
+        raise VerifyError(f"{path.name} does not load in diffusers: {error}") from error
+    clone.to(family.device).eval()
+    text, dtype = scene.text(method), _as_held(method, scene, card.dtype)
+    found, own = (_steer(scene, method, branch, text) for branch in (clone, method.branch))
+    pairs = list(zip([*found.down, found.middle], [*own.down, own.middle], strict=True))
+    for number, (has, wants) in enumerate(pairs):
+        same_effect(
+            f"{path.name} in diffusers: residual {number}", has, wants, torch.zeros_like(wants), dtype
+        )
+    return f"; read by diffusers, whose {len(pairs)} residuals are right"
 
 
 def _steer(scene: Scene, method: ControlNet, branch: nn.Module, text: Text) -> Control:

@@ -20,7 +20,7 @@ from tuner.adapters.exports import Form
 from tuner.adapters.layers import ADAPTER as TRAINED
 from tuner.export import adapter, contents, files, kohya, lycoris
 from tuner.export.kohya import LoraError, LoraModule, Naming, from_kohya, kohya_name
-from tuner.method import Card, Method
+from tuner.method import Card, Method, stored_type
 from tuner.methods.lora import Lora
 from tuner.text import Text
 from tuner.verify.compare import (
@@ -80,9 +80,17 @@ def check(scene: Scene, method: Method, files: Sequence[Path], card: Card) -> di
             )
         others = [tool for tool in form.tools if tool != "diffusers"]
         rules = f"; {exports.told(others)} load all of it by their rules of naming" if others else ""
-        lines[path] = line + rules
+        lines[path] = line + rules + _elsewhere(method)
     assert lines
     return lines
+
+
+def _elsewhere(method: Lora) -> str:
+    """What to do for the tools that have no reader of such an adapter."""
+    if method.how.kind not in ("loha", "lokr"):
+        return ""
+    name = {"loha": "LoHa", "lokr": "LoKr"}[method.how.kind]
+    return f"; diffusers and kohya read no {name}: `tuner resize --rank N` makes a LoRA of it that they read"
 
 
 def _diffusers(scene: Scene, method: Lora, path: Path, form: Form, own: Own, dtype: torch.dtype) -> str:
@@ -196,8 +204,8 @@ def _outputs(scene: Scene, pipe: Any) -> Outputs:
 
 def _types(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
     for name, tensor in tensors.items():
-        if tensor.dtype != dtype:
-            raise VerifyError(f"{path.name}: {name} is {short(tensor.dtype)}, expected {short(dtype)}")
+        if tensor.dtype != (wanted := stored_type(name, tensor, dtype)):
+            raise VerifyError(f"{path.name}: {name} is {short(tensor.dtype)}, expected {short(wanted)}")
 
 
 def _same_base(path: Path, off: Tensor, base: Tensor) -> None:
@@ -259,11 +267,10 @@ def _change(module: LoraModule) -> Tensor:
 
 
 def _rounding(module: LoraModule, dtype: torch.dtype) -> float:
-    """Four times what rounding `down`, `up` and alpha to `dtype` may change scale * up @ down, as a norm.
+    """Four times what rounding `down` and `up` to `dtype` may change scale * up @ down, as a norm.
 
-    |up' down' - up down| <= |up' - up| |down| + |up'| |down' - down|, and alpha is off by eps at most.
+    |up' down' - up down| <= |up' - up| |down| + |up'| |down' - down|; alpha is off by float32's eps at most.
     """
     up, down = module.up.float(), module.down.float()
     off = norm(up.to(dtype).float() - up) * norm(down) + norm(up) * norm(down.to(dtype).float() - down)
-    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    return 4 * abs(module.scale) * (off + eps * norm(up) * norm(down))
+    return 4 * abs(module.scale) * (off + torch.finfo(torch.float32).eps * norm(up) * norm(down))

@@ -20,8 +20,11 @@ USERS_WORDS = (  # text that the user chose and that may be any word
     "tuner.recipe",
     "tuner.base",
     "tuner.data",
+    "tuner.start",
     "modelspec.title",
     "modelspec.trigger_phrase",
+    "modelspec.license",
+    "ss_tag_frequency",
     "ss_output_name",
 )
 _ABSOLUTE = re.compile(r"\s*(/[^/\s]|[A-Za-z]:[\\/]|~[\\/]|file:|\\\\)")
@@ -49,6 +52,19 @@ def check_metadata(path: Path, expected: Mapping[str, str | None]) -> None:
     config = path.parent / "config.json"
     if config.is_file():
         _public(f"{path.parent.name}/config.json", config.name, config.read_text(encoding="utf-8"))
+
+
+def check_configs(folder: Path) -> int:
+    """No configuration below a folder tells of the machine; returns how many there are.
+
+    Raises:
+        VerifyError: one holds a local path, the user's or the host's name.
+    """
+    found = [path for path in sorted(folder.rglob("*.json")) if path.stem.endswith(("config", "_index"))]
+    for path in found:
+        where = path.relative_to(folder.parent).as_posix()
+        _public(where, path.name, path.read_text(encoding="utf-8"))
+    return len(found)
 
 
 def _public(where: str, key: str, value: str) -> None:

@@ -1,4 +1,4 @@
-"""Where samples come from: folders with pictures and captions, and the folders of datasets/."""
+"""The folder source as loader.py and assemble.py use it today; goes away when they take open_spec."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tuner.data.captions import CaptionRule
-from tuner.errors import UserError
+from tuner.errors import UserError, few
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -24,8 +24,8 @@ class Sample(NamedTuple):
     scene: dict[str, Any] | None = None  # the shapes world's record, for the exact judge
     fixed: bool = False  # its one caption is taken as it is: without template, prefix, dropping
 
-    def every(self, rule: CaptionRule) -> set[str]:
-        """Everything that may be its caption."""
+    def every(self, rule: CaptionRule) -> set[str] | None:
+        """Everything that may be its caption; None where that is too much to list."""
         return set(self.captions) if self.fixed else rule.every(self.captions)
 
 
@@ -58,7 +58,7 @@ def _prepare(folder: Path, say: Callable[[str], None]) -> None:
     script = folder.parent / "prepare.py"
     if not script.is_file():
         near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
-        hint = f"; beside it there are: {', '.join(near)}" if near else ""
+        hint = f"; beside it there are: {few(folder.name, near)}" if near else ""
         raise UserError(f"{folder}: no such folder, and no prepare.py beside it that would make it{hint}")
     say(f"{folder} is not there yet: running {script} {folder.name}")
     done = subprocess.run([sys.executable, str(script), folder.name], check=False)

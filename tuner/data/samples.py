@@ -1,0 +1,132 @@
+"""What a sample is, and how very many are held: as a table whose rows become samples when asked for."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from tuner.data.blob import Blob
+from tuner.errors import UserError
+
+SHOWN = 20
+"""Problems that an error shows; of the rest it tells the number."""
+
+
+class Sample(NamedTuple):
+    """One picture and what is known of it.
+
+    Attributes:
+        picture: its bytes.
+        captions: what it shows, in one or several ways; at least one.
+        condition, mask: pictures that belong to it, of the same shape.
+        scene: the shapes world's record, for the exact judge.
+        fixed: its one caption is taken as it is: without template, prefix, dropping.
+        weight: of this sample in the loss, at least 0; the source's is multiplied in.
+        source: which of the recipe's sources it is from, counted from 0.
+    """
+
+    picture: Blob
+    captions: tuple[str, ...]
+    condition: Blob | None = None
+    mask: Blob | None = None
+    scene: dict[str, Any] | None = None
+    fixed: bool = False
+    weight: float = 1.0
+    source: int = 0
+
+
+class Samples(Sequence[Sample], ABC):
+    """Many samples, each made when it is asked for; in memory they are a table, not Python objects.
+
+    Attributes:
+        place: the source as the recipe names it.
+        repeats: how often each comes in an epoch, int32 [N]; the source's and its folder's multiplied.
+        source: the source's number in the recipe.
+        weight: of the source in the loss.
+    """
+
+    place: str
+    repeats: npt.NDArray[np.int32]
+    source: int
+    weight: float
+
+    def __init__(self, place: str, count: int, repeats: int, weight: float, source: int) -> None:
+        self.place, self.source, self.weight = place, source, weight
+        self.repeats = np.full(count, repeats, dtype=np.int32)
+        self._problems: list[str] = []
+
+    @abstractmethod
+    def one(self, index: int) -> Sample:
+        """The sample of a row, 0 <= index < N, with a source of 0 and its own weight only."""
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with samples of this source that are left out, each naming its file."""
+        return iter(self._problems)
+
+    def __len__(self) -> int:
+        return len(self.repeats)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = index + len(self) if index < 0 else index
+        if not 0 <= at < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        one = self.one(at)
+        return one._replace(weight=one.weight * self.weight, source=self.source)
+
+
+class Joined(Sequence[Sample]):
+    """The samples of several sources, one after the other.
+
+    Attributes:
+        repeats: int32 [N], as of each source.
+    """
+
+    def __init__(self, parts: Sequence[Samples]) -> None:
+        self.parts = tuple(parts)
+        self._ends = np.cumsum([len(part) for part in self.parts])
+        every = [part.repeats for part in self.parts]
+        self.repeats: npt.NDArray[np.int32] = np.concatenate(every) if every else np.zeros(0, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.repeats)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = index + len(self) if index < 0 else index
+        if not 0 <= at < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        which = int(np.searchsorted(self._ends, at, side="right"))
+        return self.parts[which][at - (int(self._ends[which - 1]) if which else 0)]
+
+
+def check(problems: Iterable[str]) -> None:
+    """Raise all problems as one UserError; nothing where there are none."""
+    found = list(problems)
+    if found:
+        rest = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+        raise UserError("\n".join(found[:SHOWN] + rest))
+
+
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """A few names and how many more there are: `a, b, c and 7 more`."""
+    rest = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + rest
+
+
+Say = Callable[[str], None]
+"""Tells the user a line."""

@@ -1,0 +1,225 @@
+"""Samples that are rows of a set loaded by `datasets`, memory-mapped from its Arrow files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from tuner.data.blob import File, Held, file_stamp
+from tuner.data.samples import Sample, Samples
+from tuner.data.sources.columns import Chosen
+from tuner.data.sources.rows import caption_problem, number_problem
+from tuner.data.sources.spec import SourceSpec
+from tuner.errors import UserError
+
+AT_ONCE = 4096
+
+
+class Cells:
+    """A set's columns with pictures.
+
+    Attributes:
+        name: what messages call the set: `hub:owner/name train`.
+        of: names its bytes, as a blob's stamp does; None: unknown.
+    """
+
+    def __init__(self, loaded: Any, chosen: Chosen, name: str, split: str) -> None:
+        self.name = name
+        self.columns = {column: loaded.select_columns([column]) for column in chosen.pictures}
+        self._arrow = {name: column.with_format("arrow") for name, column in self.columns.items()}
+        files = [file_stamp(Path(one["filename"])) for one in loaded.cache_files]
+        # The same files hold train[:9] and train[9:], whose rows are both counted from 0.
+        parts_of = [f"{split} {len(loaded)}", *map(str, files)]
+        whole = hashlib.sha256("\n".join(parts_of).encode()).hexdigest()
+        self.of = f"set {whole}" if files and None not in files else None
+
+    def at(self, column: str, row: int) -> Any:
+        """A cell: its bytes, or `bytes` and `path`, or None."""
+        return self.columns[column][row][column]
+
+    def is_null(self, column: str, row: int) -> bool:
+        """Whether nothing is there; the bytes are not looked at."""
+        return not self._arrow[column][row].column(column)[0].is_valid
+
+    def path(self, column: str, row: int) -> str | None:
+        """The file that a cell names instead of holding bytes; None: it holds them."""
+        cell = self._arrow[column][row].column(column)
+        if not pa.types.is_struct(cell.type) or pc.struct_field(cell, "bytes")[0].is_valid:
+            return None
+        found: str | None = pc.struct_field(cell, "path")[0].as_py()
+        return found
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cells) and (self.name, self.of) == (other.name, other.of)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.of))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture in a table."""
+
+    cells: Cells
+    column: str
+    row: int
+
+    @property
+    def name(self) -> str:
+        """The set with row and column: `hub:owner/name train[12].image`."""
+        return f"{self.cells.name}[{self.row}].{self.column}"
+
+    def read(self) -> bytes:
+        """The picture's bytes, from the table or the file that it names.
+
+        Raises:
+            UserError: they are not there.
+        """
+        data, path = parts(self.cells.at(self.column, self.row))
+        if data is not None:
+            return data
+        if path is None:
+            raise UserError(f"{self.name}: no picture there")
+        try:
+            return File(Path(path)).read()
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from error
+
+    def stamp(self) -> str | None:
+        """The stamps of the set's files with row and column; that of the picture's file where it is one."""
+        path = self.cells.path(self.column, self.row)
+        if path is not None:
+            return file_stamp(Path(path))
+        return None if self.cells.of is None else f"{self.cells.of} {self.column} {self.row}"
+
+
+class SetSamples(Samples):
+    """The rows of a set."""
+
+    def __init__(self, loaded: Any, chosen: Chosen, name: str, spec: SourceSpec, source: int) -> None:
+        super().__init__(spec.path, len(loaded), spec.repeats, spec.weight, source)
+        self.chosen = chosen
+        self.cells = Cells(loaded, chosen, name, spec.split or "train")
+        others = [column for key, column in chosen.names.items() if column not in chosen.pictures]
+        self.texts = loaded.select_columns(others)
+        bad = self._check(loaded)
+        self.rows = None if not bad else np.setdiff1d(np.arange(len(loaded)), np.array(sorted(bad)))
+        if self.rows is not None:
+            self.repeats = self.repeats[self.rows]
+
+    def one(self, index: int) -> Sample:
+        """The sample of a row."""
+        row = index if self.rows is None else int(self.rows[index])
+        wrong: list[str] = []
+        about = known(self.texts[row], self.chosen, wrong)
+        if wrong:
+            raise UserError("\n".join(f"{self.cells.name}[{row}]: {one}" for one in wrong))
+        names = self.chosen.names
+        picture = Cell(self.cells, names["picture"], row)
+        others = [self._other(names.get(key), row) for key in ("condition", "mask")]
+        return Sample(picture, about[0], others[0], others[1], about[1], weight=about[2])
+
+    def _other(self, column: str | None, row: int) -> Cell | None:
+        if column is None or self.cells.is_null(column, row):
+            return None
+        return Cell(self.cells, column, row)
+
+    def _check(self, loaded: Any) -> set[int]:
+        """The rows that are no samples; what is wrong with them is put into the problems."""
+        names = self.chosen.names
+        bad: dict[int, str] = {}
+        wanted = [names["picture"], names["caption"]]
+        batches = loaded.select_columns(wanted).with_format("arrow").iter(batch_size=AT_ONCE)
+        for number, batch in enumerate(batches):
+            start = number * AT_ONCE
+            for row in _nowhere(batch.column(wanted[0])):
+                bad[start + row] = f"no picture in column {wanted[0]}"
+            for row in _unsaid(batch.column(wanted[1])):
+                bad[start + row] = f"no caption in column {wanted[1]}"
+        self._problems = [f"{self.cells.name}[{row}]: {what}" for row, what in sorted(bad.items())]
+        return set(bad)
+
+
+def parts(cell: Any) -> tuple[bytes | None, str | None]:
+    """Bytes and path of a picture's cell."""
+    if isinstance(cell, dict):
+        return cell.get("bytes"), cell.get("path")
+    return cell, None
+
+
+def known(
+    row: dict[str, Any], chosen: Chosen, wrong: list[str]
+) -> tuple[tuple[str, ...], dict[str, Any] | None, float]:
+    """Captions, scene and weight of a row; what is wrong with it is added to `wrong`."""
+    names = chosen.names
+    found, weight = row[names["caption"]], row.get(names.get("weight", ""))
+    if chosen.labels and isinstance(found, int):
+        found = chosen.labels[found]
+    weight = 1.0 if weight is None else weight
+    wrong += [one for one in (caption_problem(found), number_problem(weight)) if one]
+    scene = row.get(names.get("scene", ""))
+    if isinstance(scene, str):
+        try:
+            scene = json.loads(scene)
+        except json.JSONDecodeError as error:
+            wrong.append(f"column {names['scene']} is no JSON: {error.msg}")
+    if scene is not None and not isinstance(scene, dict):
+        wrong.append(f"expected a record in column {names['scene']}")
+    if wrong:
+        return (), None, 0.0
+    assert scene is None or isinstance(scene, dict)
+    return ((found,) if isinstance(found, str) else tuple(found)), scene, float(weight)
+
+
+def held(row: dict[str, Any], chosen: Chosen, name: str, fetch: Any, wrong: list[str]) -> Sample | None:
+    """A row of a stream as a sample whose bytes are in memory; None where something is wrong.
+
+    Args:
+        fetch: gives the bytes behind a path or an address.
+    """
+    about = known(row, chosen, wrong)
+    blobs: list[Held | None] = []
+    for key in ("picture", "condition", "mask"):
+        data, path = parts(row.get(chosen.names.get(key, "")))
+        if data is None and path is not None:
+            data = fetch(path)
+        blobs.append(None if data is None else Held(f"{name}.{chosen.names[key]}", data))
+    if blobs[0] is None:
+        wrong.append(f"no picture in column {chosen.names['picture']}")
+    if wrong or blobs[0] is None:
+        return None
+    return Sample(blobs[0], about[0], blobs[1], blobs[2], about[1], weight=about[2])
+
+
+def _nowhere(column: pa.ChunkedArray) -> Iterator[int]:
+    """Rows without a picture: null, or a record with neither bytes nor a path."""
+    missing = pc.is_null(column)
+    if pa.types.is_struct(column.type):
+        inside = [
+            pc.is_null(pc.struct_field(column, name))
+            for name in ("bytes", "path")
+            if column.type.get_field_index(name) >= 0
+        ]
+        empty = inside[0] if len(inside) == 1 else pc.and_(*inside)
+        missing = pc.or_(missing, empty)
+    return _where(missing)
+
+
+def _unsaid(column: pa.ChunkedArray) -> Iterator[int]:
+    """Rows without a caption: null, or an empty list."""
+    missing = pc.is_null(column)
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        missing = pc.or_kleene(missing, pc.equal(pc.list_value_length(column), 0))
+    return _where(missing)
+
+
+def _where(mask: pa.ChunkedArray) -> Iterator[int]:
+    yield from np.flatnonzero(mask.to_numpy()).tolist()

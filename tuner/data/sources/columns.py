@@ -1,0 +1,92 @@
+"""Which columns of a table hold what, by the recipe or by their usual names, and whether they can."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tuner.data.sources.names import missing_column
+from tuner.data.sources.spec import Columns
+from tuner.errors import UserError
+
+USUAL = {
+    "picture": "image",
+    "caption": "text",
+    "condition": "conditioning_image",
+    "mask": "mask",
+    "weight": "weight",
+    "scene": "scene",
+}
+NEEDED = ("picture", "caption")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The columns that are used, by what they hold; those that are not there are absent.
+
+    Attributes:
+        labels: names of the caption column's numbers, where it holds classes.
+    """
+
+    names: dict[str, str]
+    labels: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> list[str]:
+        """The columns with pictures in them."""
+        return [self.names[key] for key in ("picture", "condition", "mask") if key in self.names]
+
+
+def choose(columns: Columns, names: Sequence[str], features: Any, place: str) -> Chosen:
+    """The columns to use.
+
+    Args:
+        names: the columns that there are.
+        features: their kinds, as `datasets` gives them; None: unknown.
+
+    Raises:
+        UserError: a column that is needed or named is not there, or holds something else; all at once.
+    """
+    found: dict[str, str] = {}
+    wrong: list[str] = []
+    for key, usual in USUAL.items():
+        given = getattr(columns, key)
+        name = given or usual
+        if name in names:
+            found[key] = name
+        elif given or key in NEEDED:
+            wrong.append(missing_column(key, name, names))
+    labels: tuple[str, ...] = ()
+    for key, name in found.items() if features is not None else ():
+        kind = features[name]
+        if key == "caption" and hasattr(kind, "names"):
+            labels = tuple(kind.names)
+        elif not _fits(key, kind):
+            wrong.append(f"column {name} for columns.{key}: found {kind}, expected {EXPECTED[key]}")
+    if wrong:
+        raise UserError("\n".join(f"{place}: {one}" for one in wrong))
+    return Chosen(found, labels)
+
+
+EXPECTED = {
+    "picture": "pictures (Image, or their bytes)",
+    "condition": "pictures (Image, or their bytes)",
+    "mask": "pictures (Image, or their bytes)",
+    "caption": "text, lists of texts, or classes",
+    "weight": "numbers",
+    "scene": "records, or text with JSON",
+}
+
+
+def _fits(key: str, kind: Any) -> bool:
+    dtype = str(getattr(kind, "dtype", ""))
+    if key in ("picture", "condition", "mask"):
+        whole = isinstance(kind, dict) and "bytes" in kind
+        return type(kind).__name__ == "Image" or whole or dtype in ("binary", "large_binary")
+    if key == "caption":
+        inner = getattr(kind, "feature", None) or (kind[0] if isinstance(kind, list) else kind)
+        return str(getattr(inner, "dtype", "")) in ("string", "large_string", "string_view")
+    if key == "weight":
+        return dtype.startswith(("float", "int", "uint"))
+    return isinstance(kind, dict) or dtype in ("string", "large_string", "string_view")
