@@ -50,9 +50,14 @@ def load(
     options = Options() if options is None else options
     if revision is not None and (path == "embedded" or Path(path).exists()):
         raise UserError(f"base.revision: {revision} has no effect: {path} is here, and not a Hub id")
+    if options.prediction is not None and not Path(path).is_file():
+        raise UserError(
+            f"base.prediction: {options.prediction} has no effect: {path} is no checkpoint in one file; "
+            "the configuration of its scheduler says it"
+        )
     _check(options, needs)
     cache = hashes.place.parent
-    folder = _folder(path, revision, cache, needs, new, options.vae is not None)
+    folder = _folder(path, revision, cache, needs, new, options)
     if options.vae is not None and options.vae.is_file():
         options = replace(options, vae=single_file.autoencoder_folder(options.vae, cache, folder) / "vae")
     kind = importlib.import_module(f"tuner.families.{recognise(folder)}").FAMILY
@@ -60,12 +65,12 @@ def load(
     if unused := [name for name in new if name not in family.modules()]:
         loaded = ", ".join(family.modules())
         raise UserError(f"base.new: {', '.join(unused)} has no effect: this run loads {loaded} only")
-    family.title = _title(path)
+    family.title = title_of(path)
     family.digests = digests(family, folder, new, seed, hashes)
     return family
 
 
-def _title(path: str) -> str:
+def title_of(path: str) -> str:
     """The base's name: of a folder or a file here without its place."""
     place = Path(path)
     if path == "embedded" or not place.exists():
@@ -146,7 +151,7 @@ def _folder(
     cache: Path,
     needs: Sequence[str],
     new: Sequence[str],
-    own_vae: bool,
+    options: Options,
 ) -> Path:
     """The diffusers folder of a base, wherever it is."""
     if path == "embedded":
@@ -155,14 +160,14 @@ def _folder(
     if local.is_dir():
         return local
     if local.is_file():  # a checkpoint in the original layout
-        say(f"{local.name} is {single_file.describe(local).told()}")
-        return single_file.as_folder(local, cache)
+        say(f"{local.name} is {single_file.describe(local, options.prediction).told()}")
+        return single_file.as_folder(local, cache, options.prediction)
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise UserError(
             f"base.path: {path}: no such folder or file "
             "(expected embedded, a diffusers folder, a .safetensors checkpoint, or a Hub id)"
         )
-    without = {*new, *(["vae"] if own_vae else [])}
+    without = {*new, *(["vae"] if options.vae is not None else [])}
     folder = hub.fetch(path, revision, hub.patterns(needs, without))
     hub.check(path, folder, needs, without)
     return folder

@@ -35,6 +35,9 @@ class Base(Block):
         None, description="layer of the text encoder that is read, 1 the last; null: the family's own"
     )
     windows: Positive = Field(1, description="windows of 75 tokens that a caption may fill")
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="what a checkpoint in one file was trained to predict; null: as the file shows"
+    )
     quantise: Literal["nf4", "int8"] | None = Field(
         None, description="how the frozen UNet and text encoders are stored; null: as train.precision says"
     )

@@ -179,6 +179,7 @@ def _options(recipe: Recipe, accelerator: Accelerator, kinds: Mapping[str, type[
         vae=None if about.vae is None else Path(about.vae),
         clip_skip=about.clip_skip,
         windows=about.windows,
+        prediction=about.prediction,
         quantise=about.quantise,
         compute=precision,
         hold=precision,

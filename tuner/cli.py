@@ -1,4 +1,4 @@
-"""The command line: `tuner train | export | sample | condition | report | push | schema`, `inspect | verify`...
+"""The command line: `tuner train | export | sample | condition | report | push | schema | inspect ...`.
 
 Exit codes: 0 done, 1 a fault of the program (with its traceback), 2 a mistake of the user's (with its text
 alone), 130 stopped by Ctrl-C. What a command needs is imported when it runs, so that `tuner --help` is quick.
@@ -31,14 +31,17 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Replace the recipe's values, as train.steps=100."),
 ]
 Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder a run wrote to.")]
-File = Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors file.")]
+File = Annotated[
+    Path,
+    typer.Argument(metavar="FILE", help="A .safetensors file, or the folder of one and its config.json."),
+]
 Out = Annotated[Path, typer.Option("--out", help="What is written.")]
 BaseName = Annotated[
     str | None,
     typer.Option(
         "--base",
-        help="What it was made for: sd15, sd21, sdxl, embedded, or a diffusers folder; found by itself if it "
-        "is one of the named ones.",
+        help="What it was made for: sd15, sd21, sdxl, embedded, a diffusers folder, or a checkpoint's file; "
+        "found by itself if it is one of the named ones.",
     ),
 ]
 Rank = Annotated[int | None, typer.Option("--rank", help="The rank of every module.")]
@@ -107,9 +110,10 @@ def inspect_file(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Say what a file is: kind, family, rank, tokens, metadata, and which tools load it."""
+    from tuner.export.contents import file_of
     from tuner.files import account
 
-    told = account.describe(file, base)
+    told = account.describe(file_of(file), base)
     _tell([json.dumps(told, indent=2)] if as_json else account.lines(told))
 
 
@@ -120,11 +124,16 @@ def verify(
     tool: Annotated[
         list[str] | None, typer.Option("--tool", help="Ask this tool's rules only; may be repeated.")
     ] = None,
+    made_by: Annotated[
+        Path | None,
+        typer.Option("--run", help="The folder of the run that made it: its newest checkpoint is compared."),
+    ] = None,
 ) -> None:
-    """Account for every key of a file by each tool's rules; an error if one would load it in part."""
-    from tuner.files import account
+    """Account for every key by each tool's rules; with a base that has weights, load the file and compare."""
+    from tuner.export.contents import file_of
+    from tuner.verify.loaded import verify as run
 
-    _tell(account.check(file, base, tool or ()))
+    _tell(run(file_of(file), base, tool or (), made_by))
 
 
 @app.command()
@@ -147,7 +156,11 @@ def merge(
     base: BaseName = None,
     into: Annotated[
         Path | None,
-        typer.Option("--into", help="A diffusers folder, or a component's, that they are added to."),
+        typer.Option(
+            "--into",
+            help="What they are added to: a diffusers folder, a component's, or a checkpoint's file, which "
+            "becomes one again where --out ends in .safetensors.",
+        ),
     ] = None,
 ) -> None:
     """Make one LoRA of several, or add adapters to a base's weights."""
@@ -170,7 +183,9 @@ def resize(file: File, out: Out, rank: Rank = None, energy: Energy = None, base:
 
 @app.command()
 def extract(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="A diffusers folder, or a component's.")],
+    base: Annotated[
+        Path, typer.Argument(metavar="BASE", help="A diffusers folder, a component's, or a checkpoint.")
+    ],
     tuned: Annotated[Path, typer.Argument(metavar="TUNED", help="The same, fine-tuned.")],
     out: Out,
     rank: Rank = None,

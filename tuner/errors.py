@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 def few(name: str, names: Iterable[str], most: int = 5) -> str:
-    """Those of the names that are most like one, `a, b and 3 more`; all of them in order where they are few."""
+    """Those of the names that are most like one, `a, b and 3 more`; all in order where they are few."""
     every = sorted(names)
     if len(every) <= most:
         return ", ".join(every)

@@ -37,6 +37,12 @@ _BESIDE: Mapping[str, tuple[str, ...]] = {  # what the exports' subfolders are f
     "peft": ("peft", "diffusers"),
     "unet": ("diffusers", "cldm", *_UIS),  # the base's, with the decoder that a ControlNet's needs beside it
 }
+_OF: Mapping[str, tuple[str, ...]] = {  # what a method is exported as, or converted to
+    "lora": ("kohya", "peft", "diffusers", *_UIS),
+    "textual_inversion": ("kohya", "diffusers", *_UIS),
+    "controlnet": ("diffusers", "cldm", *_UIS),
+    "full": ("kohya", "diffusers", "cldm", *_UIS),
+}
 _ADDITIONS = (embedding.FOLDER, control_lora.FOLDER)  # of which a form may have none
 
 
@@ -68,9 +74,8 @@ def export(run: Path, wish: Wish) -> list[str]:
             the folder is there already; a form that there is not of what was trained.
         VerifyError: a file is not what was trained; nothing is left then.
     """
-    if wish.form is not None and wish.form not in FORMS:
-        raise UserError(f"--format {wish.form}: expected one of {', '.join(FORMS)}")
     recipe = _recipe(run, wish.dtype)
+    _check_form(recipe, wish.form)
     state = _state(run, wish.step)
     out = _place(run, wish)
     threads = state.fingerprint.get("threads")
@@ -101,6 +106,17 @@ def _recipe(run: Path, dtype: str | None) -> Recipe:
     if dtype is not None and dtype not in device.DTYPES:
         raise UserError(f"--dtype {dtype}: expected one of {', '.join(device.DTYPES)}")
     return recipes.load(place, () if dtype is None else (f"export.dtype={dtype}",))
+
+
+def _check_form(recipe: Recipe, form: str | None) -> None:
+    """Raises UserError for a form that there is not, at all or of what was trained; told before any work."""
+    if form is None:
+        return
+    if form not in FORMS:
+        raise UserError(f"--format {form}: expected one of {', '.join(FORMS)}")
+    for name in recipe.method:
+        if form not in (known := _OF.get(name, ("diffusers",))):
+            raise UserError(f"--format {form}: method {name} is exported as {', '.join(known)} only")
 
 
 def _state(run: Path, step: int | None) -> State:
@@ -227,8 +243,10 @@ def _only(form: str, told: Mapping[Path, str], folder: Path, base: str) -> dict[
     for part, paths in parts.items():
         own = {path: told[path] for path in paths if form in _forms(path.relative_to(folder), path)}
         kept |= own if own or part in _ADDITIONS else _converted(form, paths, folder, base)
-    for path in told.keys() - kept.keys():
-        _remove(path, folder)
+    stays = {path.relative_to(folder).parts[0] for path in kept}
+    for place in folder.iterdir():
+        if place.name not in stays:
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
     return kept
 
 
@@ -248,21 +266,8 @@ def _converted(form: str, paths: Sequence[Path], folder: Path, base: str) -> dic
     """One part in a form that the run itself does not write."""
     made = sorted({known for path in paths for known in _forms(path.relative_to(folder), path)})
     if identify(contents.read(paths[0])).kind not in ADAPTERS or form == "cldm":
-        raise UserError(f"--format {form}: what was trained is exported as {', '.join(made)} only")
+        raise UserError(f"--format {form}: this run is exported as {', '.join(made)} only")
     target = folder / exports.PEFT
     convert(paths[0], form, target, base)
     (line,) = account.check(target, base, ["diffusers"])
     return {target: line}
-
-
-def _remove(path: Path, folder: Path) -> None:
-    """Take a file away, of a component the whole folder, and the folders that are left empty."""
-    if (path.parent / "config.json").is_file():
-        shutil.rmtree(path.parent)
-    else:
-        path.unlink()
-    for place in path.parents:
-        if place == folder or (place.is_dir() and any(place.iterdir())):
-            break
-        if place.is_dir():
-            place.rmdir()

@@ -74,8 +74,7 @@ def write(output: Path) -> Path:
     """Write `output`/report.html from what lies in the folder `output`, and return its path.
 
     Raises:
-        LogError: metrics.jsonl has a line that cannot be read.
-        UserError: there is no such folder.
+        UserError: there is no such folder, or metrics.jsonl has a line that cannot be read.
     """
     if not output.is_dir():
         raise UserError(f"{output}: no such folder; expected the one that a run wrote to (`output`)")

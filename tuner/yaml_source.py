@@ -145,7 +145,7 @@ def _near_files(path: Path) -> str:
     recipes = sorted(name for name in names if name.endswith((".yaml", ".yml")))
     if match:
         return "; did you mean " + " or ".join(str(path.parent / name) for name in match) + "?"
-    return f"; {path.parent} holds: {few(path.name, recipes)}" if recipes else f"; {path.parent} holds no recipe"
+    return f"; {path.parent} holds{f': {few(path.name, recipes)}' if recipes else ' no recipe'}"
 
 
 def _yaml() -> YAML:

@@ -261,13 +261,13 @@ def test_a_file_goes_to_the_reader_of_single_files(
     file.write_bytes(b"")
     asked: list[Path] = []
 
-    def as_folder(path: Path, cache: Path) -> Path:
+    def as_folder(path: Path, cache: Path, prediction: str | None) -> Path:
         asked.append(path)
-        assert cache == tmp_path / "hashes"
+        assert cache == tmp_path / "hashes" and prediction is None
         return folders["sd2"]
 
     told = SimpleNamespace(told=lambda: "a Stable Diffusion")
-    monkeypatch.setattr(single_file, "describe", lambda _: told)
+    monkeypatch.setattr(single_file, "describe", lambda *_: told)
     monkeypatch.setattr(single_file, "as_folder", as_folder)
     monkeypatch.setattr(
         single_file, "autoencoder_folder", lambda path, _, configs: asked.append(path) or folders["sd1"]

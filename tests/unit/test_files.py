@@ -36,8 +36,10 @@ def test_inspect(run: Run, lora: Path, folder: Path) -> None:
 def test_verify(run: Run, lora: Path, folder: Path) -> None:
     code, out, err = run("verify", lora, "--base", folder)
     keys = len(files.load(lora)[0])
-    assert code == 0 and err == "" and len(out.splitlines()) == 5
-    assert all(f" loads all {keys} keys on {folder.name}" in line for line in out.splitlines())
+    *rules, loaded = out.splitlines()
+    assert code == 0 and err == "" and len(rules) == 5
+    assert all(f" loads all {keys} keys on {folder.name}" in line for line in rules)
+    assert f"all {keys} keys loaded by diffusers into" in loaded and "as tuner reads them" in loaded
     tensors, told = files.load(lora)
     key = next(key for key in tensors if key.endswith("to_q.lora_up.weight"))
     tensors[key.replace("to_q", "to_qq")] = tensors.pop(key)
@@ -135,7 +137,9 @@ def test_checkpoint_of_the_tiny_bases(run: Run, folders: dict[str, Path], tmp_pa
         files.save(path, original.to_original(states, configs, family), {})
         code, out, err = run("verify", path, "--base", folder)
         assert (code, err) == (0, ""), err
-        loads = {line.split()[1]: line.split()[3] for line in out.replace(";", "").splitlines()}
+        *rules, loaded = out.replace(";", "").splitlines()
+        assert "loaded by diffusers' from_single_file" in loaded
+        loads = {line.split()[1]: line.split()[3] for line in rules}
         assert loads == dict.fromkeys(("diffusers", "ComfyUI", "A1111", "Forge", "kohya"), "nothing") | {
             "diffusers": "all"
         }

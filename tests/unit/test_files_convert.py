@@ -22,12 +22,13 @@ def equal(one: Path, other: Path) -> bool:
 
 
 def test_convert_there_and_back_is_exact(run: Run, lora: Path, folder: Path, tmp_path: Path) -> None:
-    middle, last = tmp_path / "peft.safetensors", tmp_path / "back.safetensors"
     for to in ("peft", "diffusers"):
+        middle = tmp_path / f"{to}.safetensors"
         code, out, err = run("convert", lora, "--to", to, "--out", middle, "--base", folder)
         assert (code, err) == (0, "") and "modules in peft's names" in out
         assert peft_format.METADATA in files.load(middle)[1]
         for back in ("kohya", "comfy", "a1111"):
+            last = tmp_path / f"{to}-{back}.safetensors"
             assert run("convert", middle, "--to", back, "--out", last, "--base", folder)[0] == 0
             assert equal(last, lora)
     told = files.load(last)[1]
@@ -36,7 +37,8 @@ def test_convert_there_and_back_is_exact(run: Run, lora: Path, folder: Path, tmp
         and told["ss_network_dim"] == "4"
         and told["ss_network_alpha"] == "8.0"
     )
-    assert told["modelspec.title"] == "mine" and told["ss_output_name"] == "back"
+    assert told["modelspec.title"] == told["ss_output_name"] == "diffusers-a1111"
+    assert told["tuner.derived"] == "convert to a1111 of diffusers (convert to diffusers of x)"
     assert told["modelspec.hash_sha256"] == "0x" + files.data_digest(files.load(last)[0])
 
 

@@ -40,7 +40,7 @@ def test_merge_of_loras_is_exact(
         write_lora(tmp_path / f"{name}.safetensors", base, rank=rank, scale=scale, seed=seed)
     a, b, out = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "sum"))
     code, line, err = run("merge", "--lora", a, "--lora", f"{b}:-0.5", "--out", out, "--base", folder)
-    assert (code, err) == (0, "") and line.strip().endswith("modules of rank 6")
+    assert (code, err) == (0, "") and line.splitlines()[0].endswith("modules of rank 6")
     first, second, found = (changes(path, base) for path in (a, b, out))
     assert found.keys() == first.keys() and len(found) > 40
     for place, change in found.items():  # scales are powers of two: nothing is rounded
@@ -48,7 +48,7 @@ def test_merge_of_loras_is_exact(
     told = files.load(out)[1]
     assert told["modelspec.merged_from"] == "a, b" and told["ss_network_dim"] == "6"
     assert run("verify", out, "--base", folder)[0] == 0
-    code, _, err = run("merge", "--lora", a, "--out", out, "--base", folder)
+    code, _, err = run("merge", "--lora", a, "--out", tmp_path / "y.safetensors", "--base", folder)
     assert code == 2 and "at least two --lora" in err
 
 
@@ -98,7 +98,8 @@ def test_merge_into_one_component_and_back_out(
         torch.testing.assert_close(found[place], change, rtol=1e-3, atol=1e-5)
     assert run("verify", back, "--base", folder)[0] == 0
     assert equal_folder(folder / "unet", out, tmp_path / "x.json")
-    code, _, err = run("extract", folder / "unet", folder / "unet", "--rank", 3, "--out", back)
+    more = ("--rank", 3, "--out", tmp_path / "y.safetensors")
+    code, _, err = run("extract", folder / "unet", folder / "unet", *more)
     assert code == 2 and "no linear layer or convolution differs" in err
 
 
@@ -158,9 +159,12 @@ def test_resize(run: Run, lora: Path, folder: Path, tmp_path: Path) -> None:
         values = torch.linalg.svdvals(change.flatten(1))
         error = (change - small[place]).norm()
         torch.testing.assert_close(error, (values[2:] ** 2).sum().sqrt(), rtol=1e-3, atol=1e-4)
-    assert run("resize", lora, "--rank", 4, "--out", out, "--base", folder)[0] == 0
+    out = tmp_path / "same.safetensors"
+    code, lines, _ = run("resize", lora, "--rank", 4, "--out", out, "--base", folder)
+    assert code == 0 and "more than there is" not in lines
     for place, change in changes(out, base).items():
         torch.testing.assert_close(change, whole[place], rtol=1e-4, atol=1e-4)
+    out = tmp_path / "energy.safetensors"
     assert run("resize", lora, "--energy", "0.6", "--out", out, "--base", folder)[0] == 0
     for place, change in changes(out, base).items():
         share = 1 - ((whole[place] - change) ** 2).sum() / (whole[place] ** 2).sum()
@@ -172,7 +176,7 @@ def test_resize(run: Run, lora: Path, folder: Path, tmp_path: Path) -> None:
         (("--rank", 0), "expected at least 1"),
         (("--energy", 1.5), "expected a share"),
     ):
-        code, _, err = run("resize", lora, *arguments, "--out", out, "--base", folder)
+        code, _, err = run("resize", lora, *arguments, "--out", tmp_path / "y.safetensors", "--base", folder)
         assert code == 2 and message in err
 
 

@@ -74,8 +74,11 @@ def test_several_keys_become_one(run: Run, tmp_path: Path, sd1_folder: Path) -> 
     assert list(tensors) == ["<toy>"] and torch.equal(tensors["<toy>"], rows) and told["a"] == "b"
     assert run("verify", out, "--base", sd1_folder)[0] == 0
     files.save(path, {"emb_params": rows}, {})
-    assert run("convert", path, "--to", "diffusers", "--out", out)[0] == 0
-    assert torch.equal(files.load(out)[0]["<toy>"], rows)
+    (tmp_path / "other").mkdir()
+    again = tmp_path / "other" / "toy.safetensors"
+    assert run("convert", path, "--to", "diffusers", "--out", again)[0] == 0
+    assert torch.equal(files.load(again)[0]["<toy>"], rows)
+    out = tmp_path / "third.safetensors"
     for fault in ({"a": rows[:1], "b": rows[:1]}, {"a": rows[:1], "a_2": rows[:1]}):
         files.save(path, fault, {})
         code, _, err = run("convert", path, "--to", "comfy", "--out", out)

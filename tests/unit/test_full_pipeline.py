@@ -1,4 +1,4 @@
-"""Full training's `diffusers/`: a whole pipeline that diffusers loads, what was not trained as the base has it."""
+"""Full training's `diffusers/`: a whole pipeline; what was not trained is as the base's files have it."""
 
 from __future__ import annotations
 

@@ -30,14 +30,14 @@ def without_exports(run: Path) -> None:
     shutil.rmtree(run / "export")
 
 
-def licensed(run: Path) -> None:
+def licensed(run: Path, licence: str = "mit") -> None:
     """The export says its licence."""
     from safetensors.torch import load_file, save_file
 
     path = run / "export" / "thing.safetensors"
     with safe_open(path, framework="pt") as file:
         about = dict(file.metadata())
-    save_file(load_file(path), path, about | {"modelspec.license": "mit"})
+    save_file(load_file(path), path, about | {"modelspec.license": licence})
 
 
 @pytest.fixture
@@ -61,8 +61,15 @@ def run(lora_run: Path, tmp_path: Path) -> Path:
         (
             None,
             ["RUN", REPO, "--licence", "Apache 2"],
-            "expected an identifier of the Hub's in small letters",
+            "expected an identifier of the Hub's in small letters, such as creativeml-openrail-m or "
+            "apache-2.0; other for one that it does not list; did you mean apache-2.0",
         ),
+        (
+            None,
+            ["RUN", REPO, "--licence", "foo"],
+            "licence 'foo': expected an identifier of the Hub's in small letters",
+        ),
+        (None, ["RUN", REPO, "--licence", "creativeml-openrail"], "did you mean creativeml-openrail-m"),
         (licensed, ["RUN", REPO, *LICENCE], "--licence apache-2.0: the exported files say mit"),
     ],
 )
@@ -87,6 +94,14 @@ def test_the_licence_of_the_files(push: Push, hub: Any, run: Path) -> None:
     licensed(run)
     assert push(run, REPO) == 0
     assert hub.repos["model", REPO].files()["README.md"].startswith(b"---\nlicense: mit\n")
+
+
+def test_a_licence_that_the_hub_has_no_name_for(push: Push, hub: Any, run: Path, capfd: Said) -> None:
+    licensed(run, "ours, ask us")
+    assert push(run, REPO) == 2
+    assert "licence 'ours, ask us': expected an identifier of the Hub's" in capfd.readouterr().err
+    assert push(run, REPO, "--licence", "other") == 0
+    assert hub.repos["model", REPO].files()["README.md"].startswith(b"---\nlicense: other\n")
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_every_option_is_a_field(capfd: pytest.CaptureFixture[str], monkeypatch:
     assert cli.main(["sample", "--help"]) == 0
     text = capfd.readouterr().out
     names = [field.name.replace("_", "-") for field in dataclasses.fields(Asked)]
-    assert len(names) == 26 and all(f"--{name} " in text for name in names if name != "recipe")
+    assert len(names) == 27 and all(f"--{name} " in text for name in names if name != "recipe")
     assert "[RECIPE]" in text
 
 
@@ -126,7 +126,8 @@ def test_files_and_what_they_say(sd1_folder: Path, tmp_path: Path, capfd: pytest
     assert sample(*alone, "--out", tmp_path / "alone") == 0
     assert np.array_equal(pixels(tmp_path / "alone" / "prompt01-seed8.png"), made[3])
     assert sample(*base, *prompts, "--out", out) == 2
-    assert "prompt01-seed7.png and 3 more: is there already" in capfd.readouterr().err
+    there = f"{out / 'prompt01-seed7.png'} and 3 more: is there already"
+    assert there in capfd.readouterr().err
 
 
 def test_values_that_a_web_ui_would_read_wrongly_are_quoted() -> None:

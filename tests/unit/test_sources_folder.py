@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from tuner.data.blob import File, Held, Member, file_stamp
 from tuner.data.samples import Joined, Sample, Samples
@@ -366,3 +370,22 @@ def test_stamps_name_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     place.write_bytes(b"another")
     with pytest.raises(UserError, match="the archive was changed"):
         member.read()
+
+
+def test_the_imagefolder_example(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "datasets" / "outlines" / "prepare.py"
+    out = tmp_path / "drawn"
+    command = [sys.executable, str(script), "heldout", "--count", "3", "--out", str(out)]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    found = opened(out)
+    assert len(found) == 3 and all(len(s.captions) > 1 for s in found)
+    for s in found:
+        assert s.condition is not None and s.mask is not None
+        looks = [Image.open(io.BytesIO(blob.read())) for blob in (s.picture, s.condition, s.mask)]
+        assert [(look.size, look.mode) for look in looks] == [
+            ((128, 128), mode) for mode in ("RGB", "L", "L")
+        ]
+        lines, area = (np.asarray(look) > 127 for look in looks[1:])
+        assert lines.sum() > 0 and 0 < area.sum() < 128 * 128 / 2
+        grown = np.asarray(looks[2].filter(ImageFilter.MaxFilter(5))) > 127
+        assert (lines & ~grown).sum() == 0, "outlines lie at the edge of the masks"

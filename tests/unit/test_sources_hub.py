@@ -285,6 +285,18 @@ def test_a_folder_of_its_name_is_not_taken_for_a_set(tmp_path: Path, monkeypatch
         opened(path="hub:a/b")
 
 
+def test_a_set_that_is_not_there_while_offline(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import config
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(config, "HF_HUB_OFFLINE", True)
+    said: list[str] = []
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, and it was not downloaded before"):
+        opened(said, path="hub:tester/nothing")
+    assert said == [], "it is not tried again"
+
+
 def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(retry.time, "sleep", waited.append)

@@ -105,7 +105,7 @@ def read(
     magnitudes = {path: _magnitude(path, own) for path, own in parts.items() if _has_magnitude(own)}
     for path, module in modules.items():
         if isinstance(module, LoraModule):
-            modules[path] = _shaped(path, module, layers[path], base.name)
+            modules[path] = _shaped(path, module, layers[path], base.name, hint)
     return Adapter(dict(sorted(modules.items())), magnitudes)
 
 
@@ -176,11 +176,11 @@ def _magnitude(path: str, parts: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
     return scale.flatten()
 
 
-def _shaped(path: str, module: LoraModule, layer: tuple[int, ...], base: str) -> LoraModule:
+def _shaped(path: str, module: LoraModule, layer: tuple[int, ...], base: str, hint: str) -> LoraModule:
     """The factors in the layer's form: some tools write those of 1x1 convolutions as matrices."""
     size = [module.up.shape[0], module.down[0].numel()]
     if size != [layer[0], torch.Size(layer[1:]).numel()]:
-        raise LoraError(f"{path}: the factors make {size}, the layer of {base} is {list(layer)}")
+        raise LoraError(f"{path}: the factors make {size}, the layer of {base} is {list(layer)}; {hint}")
     rank, ones = module.down.shape[0], [1] * (len(layer) - 2)
     return LoraModule(
         module.down.reshape(rank, *layer[1:]), module.up.reshape(layer[0], rank, *ones), module.scale

@@ -56,7 +56,7 @@ def read(path: Path) -> Contents:
 
 
 def file_of(path: Path) -> Path:
-    """The weights' file of a network's folder (one file with config.json beside it); other paths as they are."""
+    """The weights of a network's folder (one file with config.json beside it); another path as it is."""
     if not (path / "config.json").is_file():
         return path
     found = sorted(path.glob("*.safetensors"))

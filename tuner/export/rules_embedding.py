@@ -43,7 +43,7 @@ def judge(tool: str, contents: Contents, base: Base) -> Verdict:
 
 def _first(contents: Contents, named: str | None) -> str:
     """The tensor that a reader takes who takes one: the one that it looks for, else the file's first."""
-    return named if named in contents.shapes else next(iter(contents.shapes))
+    return named if named is not None and named in contents.shapes else next(iter(contents.shapes))
 
 
 def _one(verdict: Verdict, rules: Table, contents: Contents, first: str) -> None:

@@ -1,4 +1,4 @@
-"""Which base the web UIs take a LoRA's file for in their lists, by its metadata and their tables in tools.py."""
+"""Which base the web UIs list a LoRA's file for, by its metadata and their tables in tools.py."""
 
 from __future__ import annotations
 

@@ -228,9 +228,9 @@ class Label(NamedTuple):
     starts: bool = False
 
 
-# The first that fits; where none does, the file is shown as unknown. extensions-builtin (sd_forge_lora) of the
-# two, network.py, NetworkOnDisk.detect_version. A1111 leaves out of its list what is shown as of another
-# family than the loaded base's (ui_extra_networks_lora.py), unless `lora_show_all` is set.
+# The first that fits; where none does, the file is shown as unknown. In both of them: network.py,
+# NetworkOnDisk.detect_version, of the extension for LoRAs. A1111 leaves out of its list what is shown as of
+# another family than the loaded base's (ui_extra_networks_lora.py), unless `lora_show_all` is set.
 _SDXL, _SD2 = Label("ss_base_model_version", "sdxl_", "sdxl", starts=True), Label("ss_v2", "True", "sd2")
 LABELS: Mapping[str, tuple[Label, ...]] = {
     "A1111": (_SDXL, _SD2, Label(None, "", "sd1")),
@@ -263,9 +263,9 @@ class Table(NamedTuple):
     named: Mapping[str, str] = {}
 
 
-# ComfyUI: comfy/sd1_clip.py, load_embed, by its encoders' `embedding_key`. kohya's gen_img.py, and the start of
-# its train_textual_inversion.py, take the first tensor whatever it is called, one of [n, D] alone; for SDXL
-# clip_l and clip_g. `emb_params` is what that trainer writes, no name that anything looks for.
+# ComfyUI: comfy/sd1_clip.py, load_embed, by its encoders' `embedding_key`. kohya's gen_img.py (and --weights
+# of its train_textual_inversion.py) takes the first tensor whatever it is called, as [n, D]; for SDXL clip_l
+# and clip_g. `emb_params` is what that trainer writes; nothing looks for the name.
 EMBEDDINGS: Mapping[str, Table] = {
     "diffusers": Table("refuses", "drops", "refuses", lists=True, trigger="key"),
     "ComfyUI": Table(
@@ -305,7 +305,7 @@ CONTROLNETS: Mapping[str, Control] = {
     "diffusers": Control(frozenset(), refuses={"cldm": TWO}, lacking="refuses"),
     "ComfyUI": Control(frozenset({"diffusers"}), heads=True, pools=r".*_shuffle(_fp16)?"),
     "Forge": Control(frozenset({"diffusers"}), heads=True, pools=r".*_shuffle(_fp16)?"),
-    # scripts/controlnet_model_guess.py, build_model_by_guess: by the file's name, `instant_id` by its path too.
+    # scripts/controlnet_model_guess.py, build_model_by_guess: by the file's name; instant_id by its path too.
     "sd-webui-controlnet": Control(
         frozenset({"diffusers", "cldm"}),
         eight=True,

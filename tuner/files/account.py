@@ -96,7 +96,7 @@ def summary(path: Path, base: Base, tools: Sequence[str] = ()) -> str:
     """
     found = ask(reading.read(path), base, tools)
     if not found.loads:
-        raise UserError(f"{path.name} was written, but no tool loads all of it on {base.name}: {found.told()}")
+        raise UserError(f"{path.name} was written, but no tool loads all of it: {found.told()}")
     return f"{path.name}: {found.told()} (on {base.name})"
 
 
@@ -160,12 +160,12 @@ def lines(told: Mapping[str, Any]) -> list[str]:
     return [f"{name:<{width}}  {text}" for name, text in rows]
 
 
-def check(path: Path, base: str | None, asked: Sequence[str]) -> list[str]:
+def check(path: Path, base: str | Base | None, asked: Sequence[str]) -> list[str]:
     """Account for every key of a file by each tool's rules; a line for each tool.
 
     Args:
         path: the file.
-        base: the name or folder of the base that it was made for; found by names and sizes where None.
+        base: the base that it was made for, or its name or folder; found by names and sizes where None.
         asked: the tools; all that have a use for such a file where empty.
 
     Raises:
@@ -178,7 +178,7 @@ def check(path: Path, base: str | None, asked: Sequence[str]) -> list[str]:
     if not known:
         raise UserError(f"{path.name}: there are no rules for this kind of file ({identity.kind})")
     tools = [_tool(name, known) for name in asked] or list(known)
-    made = bases.choose(base, contents, identity)
+    made = base if isinstance(base, Base) else bases.choose(base, contents, identity)
     _check_hash(path, contents)
     told, problems = [], []
     for tool in tools:

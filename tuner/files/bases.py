@@ -10,6 +10,8 @@ from typing import Any
 import safetensors
 from torch import Tensor
 
+from tuner import single_file
+from tuner.data.cache import default_folder
 from tuner.errors import UserError
 from tuner.export import files, rules_checkpoint, rules_controlnet
 from tuner.export.contents import Contents
@@ -30,16 +32,40 @@ WEIGHTS = ("diffusion_pytorch_model", "model")  # how a component's files are ca
 
 
 def named(name: str) -> Base:
-    """A base by its name (sd15, sd21, sdxl, embedded) or its diffusers folder.
+    """A base by its name (sd15, sd21, sdxl, embedded), its diffusers folder or its checkpoint in one file.
 
     Raises:
         UserError: there is no such base.
     """
-    folder = SHIPPED.get(name, Path(name))
-    if not folder.is_dir():
-        raise UserError(f"base {name}: expected {', '.join(SHIPPED)}, or a diffusers folder")
+    folder = folder_named(name)
+    if folder is None:
+        raise UserError(
+            f"base {name}: expected {', '.join(SHIPPED)}, or a diffusers folder, or a checkpoint's file"
+        )
     configs = {part: config(folder / part) for part in COMPONENTS if (folder / part).is_dir()}
-    return base(name if name in SHIPPED else folder.resolve().name, configs)
+    return base(name if name in SHIPPED else title(Path(name)), configs)
+
+
+def folder_named(name: str) -> Path | None:
+    """The diffusers folder of a base that is named so; None where there is none."""
+    folder = SHIPPED.get(name) or unpacked(Path(name))
+    return folder if folder.is_dir() else None
+
+
+def title(place: Path) -> str:
+    """The name of a base: of its folder, or of its file without the ending."""
+    return place.resolve().stem if place.is_file() else place.resolve().name
+
+
+def unpacked(place: Path) -> Path:
+    """The diffusers folder of a checkpoint in one file, in the user's cache; another path as it is.
+
+    Raises:
+        UserError: the file is no checkpoint.
+    """
+    if not place.is_file():
+        return place
+    return single_file.as_folder(place, default_folder())
 
 
 def config(place: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from tuner.export.contents import Contents
 from tuner.export.identify import ADAPTERS, identify
 from tuner.export.places import Base
 from tuner.export.rules_embedding import PAIR
-from tuner.files import bases, write
+from tuner.files import account, bases, write
 
 FORMS = ("kohya", "peft", "diffusers", "comfy", "a1111", "cldm")
 _EVERYWHERE = ("kohya", "comfy", "a1111")  # one file for all of them
@@ -59,12 +59,21 @@ def convert(source: Path, to: str, out: Path, base: str | None) -> list[str]:
     """
     if to not in FORMS:
         raise UserError(f"--to {to}: expected one of {', '.join(FORMS)}")
+    source = reading.file_of(source)
+    write.check_free(out, source)
     contents = reading.read(source)
     identity = identify(contents)
     if identity.kind in ADAPTERS:
         return _adapter(source, to, out, bases.choose(base, contents, identity), base)
     if identity.kind == "embedding":
-        return _embedding(contents, source, to, out)
+        lines = _embedding(contents, source, to, out)
+        try:
+            made = bases.choose(base, contents, identity)
+        except UserError:
+            if base is not None:
+                raise
+            return lines  # of a width that no named base has
+        return [*lines, account.summary(out, made)]
     if identity.kind == "ControlNet":
         return _controlnet(contents, source, to, out, bases.choose(base, contents, identity))
     raise UserError(
@@ -77,22 +86,28 @@ def _adapter(source: Path, to: str, out: Path, base: Base, asked: str | None) ->
     if to == "cldm":
         raise UserError(f"--to cldm: {source.name} is an adapter; expected one of {', '.join(FORMS[:-1])}")
     tensors, told = write.load(source)
-    made = adapter.read(tensors, told, base)
+    made = adapter.read(tensors, told, base, write.ASK_BASE)
     what = f"{source.name} -> {out.name}: {len(made.modules)} modules"
+    derived = _derived(to, source, told)
     if to not in _EVERYWHERE:
-        write.peft(out, made, told)
-        return [f"{what} in peft's names"]
+        write.peft(out, made, told, derived)
+        return [f"{what} in peft's names", account.summary(out, base, ("diffusers",))]
+    changes = {write.DERIVED: derived}
     if not made.magnitudes:
-        write.kohya(out, made, base, told, {})
-        return [f"{what} in kohya's names"]
-    if asked is None or not (folder := bases.SHIPPED.get(asked, Path(asked))).is_dir():
+        write.kohya(out, made, base, told, changes)
+        return [f"{what} in kohya's names", account.summary(out, base)]
+    if asked is None or (folder := bases.folder_named(asked)) is None:
         raise UserError(
             f"{source.name} is a DoRA: only its whole effect on a base's weights is read right outside of "
             "diffusers; give the base that it was made for: --base FOLDER"
         )
     weights = weights_of(folder, made.modules)
-    write.kohya(out, adapter.Adapter(dict(made.differences(weights)), {}), base, told, {})
-    return [f"{what}, as whole differences of the weights of {base.name}"]
+    write.kohya(out, adapter.Adapter(dict(made.differences(weights)), {}), base, told, changes)
+    return [f"{what}, as whole differences of the weights of {base.name}", account.summary(out, base)]
+
+
+def _derived(to: str, source: Path, told: Mapping[str, str]) -> str:
+    return write.derived(f"convert to {to} of {source.stem}", told)
 
 
 def weights_of(folder: Path, paths: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -121,7 +136,8 @@ def _embedding(contents: Contents, source: Path, to: str, out: Path) -> list[str
         tensors = {word: torch.cat([rows[key].reshape(-1, rows[key].shape[-1]) for key in rows])}
     elif others := sorted(set(tensors) - set(PAIR)):
         raise UserError(f"{source.name}: {', '.join(others)} beside clip_l and clip_g")
-    files.save(write.out_file(out), tensors, metadata.derived(told, tensors, {}))
+    changes = write.renamed(out, told, _derived(to, source, told))
+    files.save(write.out_file(out), tensors, metadata.derived(told, tensors, changes))
     vectors = ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in tensors.items())
     return [f"{source.name} -> {out.name}: {vectors}; ComfyUI, A1111 and kohya call it {out.stem}"]
 
@@ -144,16 +160,19 @@ def _controlnet(contents: Contents, source: Path, to: str, out: Path, base: Base
     config = _control_config(contents, base)
     found = rules_controlnet.layout(contents)
     plain = cldm.from_cldm(tensors, config) if found == "cldm" else tensors
+    changes = write.renamed(out, told, _derived(to, source, told))
     if to == "diffusers":
         if out.suffix == ".safetensors":
             raise UserError(
                 f"--out {out}: expected a folder's name; diffusers reads config.json beside the weights"
             )
-        save_component(out, config, plain, metadata.derived(told, plain, {}))
-        return [f"{source.name} -> {out.name}: {len(plain)} tensors and config.json, in diffusers' names"]
+        save_component(out, config, plain, metadata.derived(told, plain, changes))
+        done = f"{source.name} -> {out.name}: {len(plain)} tensors and config.json, in diffusers' names"
+        return [done, account.summary(bases.weights_files(out)[0], base, ("diffusers",))]
     named = cldm.to_cldm(plain, config)
-    files.save(write.out_file(out), named, metadata.derived(told, named, {}))
-    return [f"{source.name} -> {out.name}: {len(named)} tensors in the original code's names"]
+    files.save(write.out_file(out), named, metadata.derived(told, named, changes))
+    done = f"{source.name} -> {out.name}: {len(named)} tensors in the original code's names"
+    return [done, account.summary(out, base)]
 
 
 def _control_config(contents: Contents, base: Base) -> dict[str, Any]:

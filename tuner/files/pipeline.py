@@ -1,8 +1,8 @@
 """The parts of a diffusers pipeline's folder that a training leaves as they are.
 
 Weights are copied byte by byte, in the precision of the base's own files. Configurations say the same as the
-base's, without what tells of a machine, and text encoders' that they are loaded in float32, as diffusers loads
-the rest: transformers would take the files' own precision, and the pipeline dies on mixed types.
+base's, without what tells of a machine, and text encoders' that they are loaded in float32, as diffusers
+loads the rest: transformers would take the files' own precision, and the pipeline dies on mixed types.
 """
 
 from __future__ import annotations

@@ -41,6 +41,10 @@ class Asked:
     windows: Annotated[
         int | None, _option("--windows", "Windows of 75 tokens that a prompt may fill; 1.", BASE)
     ] = None
+    prediction: Annotated[
+        str | None,
+        _option("--prediction", "Of a .safetensors checkpoint: epsilon or v_prediction, if it errs.", BASE),
+    ] = None
     precision: Annotated[
         str, _option("--precision", "Of UNet and ControlNets: auto, fp32, bf16 or fp16.", BASE)
     ] = "auto"

@@ -111,7 +111,7 @@ def check_free(folder: Path, places: Sequence[Path]) -> None:
     """Raises UserError where the folder is a file, or a picture would replace another one."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder}: is a file; expected a folder, or nothing yet")
-    if taken := [path.name for path in places if path.exists()]:
+    if taken := [str(path) for path in places if path.exists()]:
         more = f" and {len(taken) - 1} more" if len(taken) > 1 else ""
         raise UserError(f"{taken[0]}{more}: is there already; take another place or another --seed")
 

@@ -189,8 +189,7 @@ def _usual(family: Family, found: Source) -> shown.Size:
 def _about(asked: Asked, plan: Plan, family: Family, words: Words) -> keep.About:
     found = plan.found
     adapters: list[dict[str, Any]] = [
-        {"kind": place.name, "name": found.recipe.name if found.recipe else place.name}
-        for place in found.replaced
+        {"kind": name, "name": found.recipe.name if found.recipe else name} for name in found.own
     ]
     adapters += [{"kind": "lora", "name": part.path.stem, "weight": part.weight} for part in found.loras]
     adapters += [{"kind": "embedding", "name": word} for word in words.spelled]

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tuner import base, recipe
 from tuner.data.cache import Hashes, default_folder
@@ -34,7 +34,8 @@ class Source:
         new, seed: its components that are initialised afresh, and from what; a run has trained them since.
         recipe: whose preview settings and size are used, if there is one.
         trained: the run's own noise schedule and prediction are used: its base is.
-        replaced: components of the base that the run trained -> their folders.
+        own: components of the base that the run trained.
+        replaced: folders of those of them that the base's folder does not hold.
         loras, embeddings: adapter files.
         net: the run's ControlNet.
     """
@@ -46,6 +47,7 @@ class Source:
     seed: int = 0
     recipe: Recipe | None = None
     trained: bool = False
+    own: tuple[str, ...] = ()
     replaced: tuple[Path, ...] = ()
     loras: tuple[Part, ...] = ()
     embeddings: tuple[Path, ...] = ()
@@ -64,7 +66,7 @@ def find(asked: Asked) -> Source:
     if asked.run is not None:
         found = _of_run(asked.run)
         if asked.base is not None:  # the run's adapters on another base
-            if found.replaced:
+            if found.own:
                 raise UserError(f"--base {asked.base} has no effect: {asked.run} trained the base itself")
             about = Options(clip_skip=found.options.clip_skip, windows=found.options.windows)
             found = replace(found, path=asked.base, options=about, revision=None, new=(), trained=False)
@@ -83,6 +85,7 @@ def find(asked: Asked) -> Source:
             vae=asked.vae or options.vae,
             clip_skip=asked.clip_skip or options.clip_skip,
             windows=asked.windows or options.windows,
+            prediction=cast(Any, asked.prediction) or options.prediction,
         ),
         loras=(*found.loras, *map(parse, asked.lora)),
         embeddings=(*found.embeddings, *map(Path, asked.embedding)),
@@ -101,6 +104,8 @@ def load(source: Source) -> Family:
         _replace(family, place)
     if source.trained:
         assert source.recipe is not None
+        if source.own:  # a pipeline's folder has a name that says nothing
+            family.title = base.title_of(source.recipe.base.path)
         chosen = source.recipe.objective.options()
         try:
             objective = Objective.from_scheduler_config(family.scheduler_config, **chosen)
@@ -113,7 +118,10 @@ def load(source: Source) -> Family:
 def _of_recipe(made: Recipe) -> Source:
     about = made.base
     options = Options(
-        vae=None if about.vae is None else Path(about.vae), clip_skip=about.clip_skip, windows=about.windows
+        vae=None if about.vae is None else Path(about.vae),
+        clip_skip=about.clip_skip,
+        windows=about.windows,
+        prediction=about.prediction,
     )
     return Source(about.path, options, about.revision, tuple(about.new), made.train.seed, made)
 
@@ -129,15 +137,30 @@ def _of_run(output: Path) -> Source:
     for name in made.method:
         kind = importlib.import_module(f"{recipe.METHODS}.{name}").METHOD
         if kind.kind == "lora":
-            file = _there(export / f"{made.name}.safetensors")
+            file = _lora(export, made.name)
             found = replace(found, loras=(*found.loras, Part(file, 1.0)))
         elif kind.kind == "textual_inversion":
             found = replace(found, embeddings=(*found.embeddings, *_embeddings(export)))
         elif kind.kind == "controlnet":
             found = replace(found, net=_there(export / TRAINED / "config.json").parent)
+            if (export / "unet" / "config.json").is_file():  # its decoder was unlocked
+                found = replace(found, own=("unet",), replaced=(export / "unet",))
         else:
-            found = _with_components(found, export, kind.TRAINS)
+            found = _with_components(found, export, _trained(kind.exact(made.method[name]), export))
     return found
+
+
+def _lora(export: Path, name: str) -> Path:
+    """The adapter's file; LoHa and LoKr lie apart, as not every tool reads them."""
+    apart = export / "lycoris" / f"{name}.safetensors"
+    return apart if apart.is_file() else _there(export / f"{name}.safetensors")
+
+
+def _trained(kinds: Sequence[str], export: Path) -> tuple[str, ...]:
+    """The components that a run trained, `text_encoder` standing for all of them."""
+    encoders = sorted(place.name for place in (export / TRAINED).glob("text_encoder*") if place.is_dir())
+    every = (encoders if kind == "text_encoder" else [kind] for kind in kinds)
+    return tuple(name for names in every for name in names)
 
 
 def _there(file: Path) -> Path:
@@ -158,14 +181,16 @@ def _embeddings(export: Path) -> list[Path]:
 def _with_components(found: Source, export: Path, trained: Sequence[str]) -> Source:
     """The components of the base that were trained, in place of those they were made from."""
     whole = export / TRAINED
-    if (whole / "model_index.json").is_file():
-        return replace(found, path=str(whole), revision=None, new=())
+    if (whole / "model_index.json").is_file():  # the base itself need not be there any more
+        options = replace(found.options, vae=None, prediction=None)
+        return replace(found, path=str(whole), revision=None, new=(), options=options, own=tuple(trained))
     places = {name: _there(whole / name / "config.json").parent for name in trained}
-    if strange := [name for name in trained if name not in NEEDS]:
+    if strange := [name for name in trained if name.removesuffix("_2") not in NEEDS]:
         raise UserError(f"{export}: the run trained the {', '.join(strange)}, which draws no pictures")
     vae = places.pop("vae", found.options.vae)  # its scaling factor is in its config.json
     new = tuple(name for name in found.new if name not in trained or name != "vae")
-    return replace(found, options=replace(found.options, vae=vae), new=new, replaced=tuple(places.values()))
+    options = replace(found.options, vae=vae)
+    return replace(found, options=options, new=new, own=tuple(trained), replaced=tuple(places.values()))
 
 
 def _replace(family: Family, place: Path) -> None:

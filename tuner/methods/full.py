@@ -134,9 +134,7 @@ class Full(Method):
                 save_component(place / name, public_config(network), tensors, {}, _weights_file(name))
         for name in (n.replace("text_encoder", "tokenizer") for n in names if n.startswith("text_encoder")):
             pipeline.copy_tokenizer(self.folder / name, place / name)
-        pipeline.write_scheduler(
-            self.folder / "scheduler", place / "scheduler", family.scheduler_config
-        )
+        pipeline.write_scheduler(self.folder / "scheduler", place / "scheduler", family.scheduler_config)
         networks = {name: components.KINDS[name] for name in names}
         kind = f"{family.PIPELINES}{'Inpaint' * family.inpainting}Pipeline"
         pipeline.write_index(self.folder, place, kind, networks)

@@ -135,7 +135,8 @@ def read(run: Path, step: int | None = None) -> Finished:
             there = ", ".join(map(str, steps)) or "none (export.every in the recipe makes them)"
             raise PushError(f"--step {step}: no exports of that step; there are {there}")
         exports = exports / f"step-{step}"
-    parts = usage.parts(exports) if exports.is_dir() else []
+    base = str(dig(recipe, "base", "path"))
+    parts = usage.parts(exports, base) if exports.is_dir() else []
     if not parts:
         raise PushError(f"{exports}: nothing is exported there")
     headers = [contents.read(path).metadata for path in usage.files(exports) if path.suffix == ".safetensors"]

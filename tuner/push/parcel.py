@@ -13,7 +13,7 @@ from tuner.chart import number
 from tuner.export import metadata
 from tuner.progress import say
 from tuner.push import card as model_card
-from tuner.push import finished, usage
+from tuner.push import finished, licences, usage
 from tuner.push.card import Card, Measure, Shown
 from tuner.push.finished import Finished, PushError, dig
 from tuner.push.usage import Usage
@@ -107,12 +107,14 @@ def _licence(wish: Wish, header: Mapping[str, str]) -> str:
             "the licence is not known: give --licence, an identifier of the Hub's such as "
             "creativeml-openrail-m, apache-2.0, cc-by-4.0 or other"
         )
-    if told is not None and licence != told:
+    if told in licences.KNOWN and licence != told:  # what the Hub has no name for, a recipe may say too
         raise PushError(f"--licence {licence}: the exported files say {told}")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", licence):
+    if licence not in licences.KNOWN:
+        like = licences.near(licence)
+        hint = f"; did you mean {' or '.join(like)}?" if like else ""
         raise PushError(
             f"licence {licence!r}: expected an identifier of the Hub's in small letters, such as "
-            "creativeml-openrail-m or apache-2.0; other for one that it does not list"
+            f"creativeml-openrail-m or apache-2.0; other for one that it does not list{hint}"
         )
     return licence
 

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from tuner.errors import UserError
 from tuner.export import contents
-from tuner.export.identify import identify
+from tuner.export.contents import Contents
+from tuner.export.identify import Identity, identify
 from tuner.export.rules import bundled
+from tuner.files import account, bases
 
 STEP = re.compile(r"step-(\d+)")  # the folder of a step's exports, and the stem of its previews
 LORA = "LoRA"
@@ -41,6 +44,7 @@ _PLACES: Mapping[str, Mapping[str, str]] = {  # the kind of a file -> tool -> fo
         "kohya sd-scripts": "--ckpt",
     },
 }
+_BY_RULES = {"kohya": "kohya sd-scripts", "sd-webui-controlnet": "A1111"}  # as the rules call a tool -> TOOLS
 _KOHYA_LORA = {"kohya sd-scripts": "--network_module networks.lora --network_weights"}
 _ARGUMENTS = {  # the class of a network's folder -> the pipeline's argument that takes it, and its library
     "UNet2DConditionModel": ("unet", "diffusers"),
@@ -64,6 +68,8 @@ class Part(NamedTuple):
         tokens: the words that a file of vectors holds.
         about: what else is worth saying, such as ranks.
         words: those that lie in a LoRA's file; see rules.Rules.words.
+        loaders: the tools whose rules load all of the file; None where its base is not known here, or the
+            rules do not tell: then its kind alone says where it goes.
     """
 
     path: str
@@ -73,6 +79,7 @@ class Part(NamedTuple):
     tokens: tuple[str, ...] = ()
     about: str = ""
     words: tuple[str, ...] = ()
+    loaders: tuple[str, ...] | None = None
 
     @property
     def stem(self) -> str:
@@ -81,6 +88,13 @@ class Part(NamedTuple):
     @property
     def places(self) -> dict[str, str]:
         """Tool -> where the file goes; only tools that load all of it, diffusers left out."""
+        found = self._of_kind()
+        if self.loaders is None:
+            return found
+        return {tool: place for tool, place in found.items() if tool in self.loaders}
+
+    def _of_kind(self) -> dict[str, str]:
+        """The same for any file of this kind."""
         if self.kind == LORA:
             return {**_PLACES["adapter"], **_KOHYA_LORA} if self.layout.startswith("kohya") else {}
         if self.kind == BUNDLE:  # ComfyUI reads the words of a file as one, where files of words lie
@@ -101,8 +115,12 @@ def files(folder: Path) -> list[Path]:
     return [path for path in every if not STEP.fullmatch(path.relative_to(folder).parts[0])]
 
 
-def parts(folder: Path) -> list[Part]:
+def parts(folder: Path, base: str | None = None) -> list[Part]:
     """What an export's files and folders are, sorted by path.
+
+    Args:
+        base: the base's name or place, as a recipe has it; where it is not here, the shipped base of the
+            same sizes is asked for.
 
     Raises:
         UserError: a safetensors file that cannot be read.
@@ -115,7 +133,7 @@ def parts(folder: Path) -> list[Part]:
     found = [_folder(place, folder) for place in whole]
     for path in every:
         if path.suffix == ".safetensors" and not set(whole) & set(path.parents):
-            found.append(_file(path, folder))
+            found.append(_file(path, folder, base))
     return sorted(found)
 
 
@@ -131,7 +149,7 @@ def _folder(place: Path, root: Path) -> Part:
     return Part(name, str(kind), "folder", family)
 
 
-def _file(path: Path, root: Path) -> Part:
+def _file(path: Path, root: Path, base: str | None) -> Part:
     read = contents.read(path)
     found = identify(read)
     about = ", ".join(f"rank {rank}" for rank in found.ranks)
@@ -143,7 +161,19 @@ def _file(path: Path, root: Path) -> Part:
     words, kind = tuple(bundled(read.shapes)), found.kind
     if words:
         kind, about = BUNDLE, f"{about}; {', '.join(words)}"
-    return Part(path.relative_to(root).as_posix(), kind, found.layout, found.family, tokens, about, words)
+    loaders = None if words else _loaders(read, found, base)  # of words in a LoRA the kind says it
+    place = path.relative_to(root).as_posix()
+    return Part(place, kind, found.layout, found.family, tokens, about, words, loaders)
+
+
+def _loaders(read: Contents, found: Identity, base: str | None) -> tuple[str, ...] | None:
+    """The tools whose rules load all of a file, in the names of TOOLS; None where its base is not known."""
+    here = base is not None and (base in bases.SHIPPED or Path(base).exists())
+    try:
+        made = bases.choose(base if here else None, read, found)
+    except UserError:
+        return None
+    return tuple(_BY_RULES.get(tool, tool) for tool in account.ask(read, made).loads)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from tuner.adapters import exports
 from tuner.adapters.exports import Form
 from tuner.adapters.layers import ADAPTER as TRAINED
 from tuner.export import adapter, contents, files, kohya, lycoris
+from tuner.export.adapter import Adapter
 from tuner.export.kohya import LoraError, LoraModule, Naming, from_kohya, kohya_name
 from tuner.method import Card, Method, stored_type
 from tuner.methods.lora import Lora
@@ -104,16 +105,16 @@ def _diffusers(scene: Scene, method: Lora, path: Path, form: Form, own: Own, dty
         # diffusers gives every layer the commonest alpha, other tools each its own: both must be the trained.
         _same_layers(path.name, _own_layers(path, tensors, trained, names), trained, dtype, names)
     pipe = scene.bare_pipeline()
-    base = _outputs(scene, pipe)
+    base = outputs(scene, pipe)
     _same_base(path, own.off.prediction, base.prediction)
     try:
         pipe.load_lora_weights(path.parent, weight_name=path.name, adapter_name=ADAPTER)
     except LOADING as error:
         raise VerifyError(f"{path.name} does not load in diffusers: {error}") from error
-    _same_layers(f"{path.name}, loaded by diffusers,", _loaded_layers(pipe), trained, dtype, names)
-    difference = _same_outputs(path, _outputs(scene, pipe), own, base, dtype, reading=True)
+    _same_layers(f"{path.name}, loaded by diffusers,", loaded_layers(pipe), trained, dtype, names)
+    difference = _same_outputs(path, outputs(scene, pipe), own, base, dtype, reading=True)
     pipe.unload_lora_weights()
-    after = _outputs(scene, pipe)
+    after = outputs(scene, pipe)
     if not (
         torch.equal(after.prediction, base.prediction) and torch.equal(after.text.hidden, base.text.hidden)
     ):
@@ -135,18 +136,29 @@ def _added(scene: Scene, method: Lora, path: Path, form: Form, own: Own, dtype: 
         raise VerifyError(f"{path.name}: {error}") from error
     same_keys(path.name, found.modules, method.bases)
     pipe = scene.bare_pipeline()
-    base = _outputs(scene, pipe)
+    base = outputs(scene, pipe)
     _same_base(path, own.off.prediction, base.prediction)
-    for place, module in found.modules.items():
-        component, _, name = place.partition(".")
-        weight = getattr(pipe, component).get_submodule(name).weight
-        change = lycoris.change(module, tuple(weight.shape)).to(weight.device)
-        weight.copy_(weight.double() + change)
-    difference = _same_outputs(path, _outputs(scene, pipe), own, base, dtype, reading=False)
+    add(pipe, found)
+    difference = _same_outputs(path, outputs(scene, pipe), own, base, dtype, reading=False)
     return (
         f"{path.name}: all {count} keys added to {len(found.modules)} layers of the base; a "
         f"prediction differs by {difference:.1e} of the adapters' effect ({short(dtype)})"
     )
+
+
+def add(pipe: Any, made: Adapter) -> None:
+    """Add an adapter's whole change to the weights of a pipeline's networks."""
+    for place, module in made.modules.items():
+        component, _, name = place.partition(".")
+        layer = getattr(pipe, component).get_submodule(name)
+        weight = layer.weight
+        if place in made.magnitudes:
+            assert isinstance(module, LoraModule)
+            module = lycoris.from_dora(weight, module, made.magnitudes[place])
+        change = lycoris.change(module, tuple(weight.shape)).to(weight.device)
+        weight.copy_(weight.double() + change)
+        if isinstance(module, lycoris.Difference) and module.bias is not None:
+            layer.bias.copy_(layer.bias.double() + module.bias.to(weight.device).double())
 
 
 def _same_outputs(
@@ -195,7 +207,7 @@ def _own(scene: Scene, method: Method) -> Outputs:
     return Outputs(text, scene.own(method, text))
 
 
-def _outputs(scene: Scene, pipe: Any) -> Outputs:
+def outputs(scene: Scene, pipe: Any) -> Outputs:
     """The prompts as the pipeline's networks encode them [2, 77 W, D], and their prediction."""
     family = scene.family.around(pipe)
     text = family.encode_prompts(family.tokenize(PROMPTS).to(family.device))
@@ -246,7 +258,7 @@ def _own_layers(
         raise VerifyError(f"{path.name}: {error}") from error
 
 
-def _loaded_layers(pipe: Any) -> dict[str, LoraModule]:
+def loaded_layers(pipe: Any) -> dict[str, LoraModule]:
     """The layers that hold the loaded adapter, by component and module path."""
     from peft.tuners.lora import LoraLayer
 

@@ -133,7 +133,7 @@ def exact(family: Family, methods: Sequence[Method]) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(family.device.type, enabled=False))
         stack.enter_context(_random_kept(family.device))
-        stack.enter_context(_quiet())
+        stack.enter_context(quiet())
         stack.enter_context(_float32(networks))
         try:
             for network in networks:
@@ -187,7 +187,7 @@ def _random_kept(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and warnings of the loaders: what they warn of is checked here."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log

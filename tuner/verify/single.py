@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tuner.verify.compare import LOADING, VerifyError, same_tensors
 
-OTHERS = ("unet", "vae", "scheduler", "tokenizer", "text_encoder")  # of every such pipeline
+OTHERS = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", "image_encoder", "feature_extractor")
 SECOND = ("tokenizer_2", "text_encoder_2")
 
 
@@ -38,7 +38,7 @@ def read(path: Path, name: str, folder: Path, family: str) -> nn.Module:
         # transformers' classes have no such loader of their own: a pipeline of nothing else.
         second = family == "sdxl"
         kind: Any = diffusers.StableDiffusionXLPipeline if second else diffusers.StableDiffusionPipeline
-        without = ("image_encoder", "feature_extractor", *(SECOND if second else ("safety_checker",)), *OTHERS)
+        without = (*OTHERS, *(SECOND if second else ("safety_checker",)))
         pipe = kind.from_single_file(str(path), **about, **{n: None for n in without if n != name})
     except (*LOADING, AttributeError) as error:  # its converters ask for keys and shapes as they come
         raise VerifyError(f"{path.name}: diffusers does not read its {name}: {error}") from error

@@ -16,7 +16,8 @@ from typing import Any
 import datasets
 import fsspec
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tuner.data.samples import Sample, Samples, Say
 from tuner.data.sources.cells import SetSamples, held
@@ -183,7 +184,7 @@ def _explained(spec: SourceSpec, error: Exception) -> str:
             "it is loaded by a script, which is never run; most such sets have a copy in Parquet: "
             f"set revision: {CONVERTED}"
         )
-    if any(isinstance(one, OfflineModeIsEnabled) for one in _chain(error)):
+    if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set, and it was not downloaded before"
     text = _first_line(error)
     found = re.search(r"\[(.*)\]", " ".join(str(error).split()))
@@ -217,7 +218,7 @@ def _status(error: BaseException) -> int | None:
 
 def _is_broken(error: BaseException) -> bool:
     chain = _chain(error)
-    if any(isinstance(one, OfflineModeIsEnabled) for one in chain):
+    if constants.HF_HUB_OFFLINE:
         return False
     if any(getattr(getattr(one, "response", None), "status_code", None) is not None for one in chain):
         return _status(error) is not None
