@@ -8,4 +8,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 # No test may need a network once the packages are in.
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-exec .venv/bin/python -m pytest "$@"
+# As many at once as there are processors, each on one thread; `-n 0` behind it: one after another.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+exec .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"

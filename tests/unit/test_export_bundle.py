@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tuner import cli
-from tuner.export import contents, embedding, files, kohya, rules
+from tuner.export import contents, embedding, files, kohya, metadata, rules
 from tuner.export.places import Base
 from tuner.files import bases
 
@@ -36,7 +36,13 @@ def word(base: Base, vectors: int = 2) -> Tensors:
 
 
 def verdicts(tensors: Tensors, base: Base) -> dict[str, rules.Verdict]:
-    found = {tool: rules.judge(tool, contents.of(tensors, {}, "case.safetensors"), base) for tool in ALL}
+    labels = metadata.labels_of(base.family, None)
+    told = {
+        "ss_base_model_version": labels.base_version,
+        "ss_v2": labels.v2,
+        "modelspec.architecture": f"{labels.architecture}/lora",
+    }
+    found = {tool: rules.judge(tool, contents.of(tensors, told, "case.safetensors"), base) for tool in ALL}
     assert len(found) == 5
     return found
 
@@ -122,7 +128,9 @@ def test_verify_says_for_which_tools_a_bundle_is(
     path = files.save(tmp_path / embedding.FOLDER / "case.safetensors", tensors, {})
     assert cli.main(["verify", str(path), "--base", str(sd1_folder)]) == 0
     out = capsys.readouterr().out
-    lines = {line.split()[1]: line for line in out.splitlines() if line.startswith("case.safetensors: ")}
+    *rules, last = out.splitlines()
+    assert "by the tools' rules of naming alone: words lie in this LoRA's file (toy)" in last
+    lines = {line.split()[1]: line for line in rules if line.startswith("case.safetensors: ")}
     assert lines.keys() == ALL
     for tool, line in lines.items():
         assert (f"loads all {len(tensors)} keys" in line) == (tool in MEANT), line

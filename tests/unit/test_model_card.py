@@ -277,6 +277,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "word-xl": ("sdxl", "textual_inversion", {}, {}),
     "control": ("sd1", "controlnet", {}, {}),
     "full": ("sd2", "full", {}, {}),
+    "full-alone": ("sd2", "full", {"pipeline": False}, {}),
 }
 
 
@@ -328,4 +329,5 @@ def _without_the_export(text: str) -> str:
     if "ControlNetModel" in text:
         return text.replace("pipe(", "pipe(controlnet_conditioning_scale=0.0,", 1)
     lines = [line for line in text.splitlines() if "load_lora" not in line and "load_textual" not in line]
-    return "\n".join(lines).replace(", unet=unet", "")
+    whole = r"snapshot_download\([^)]*\) \+ \"/diffusers\""  # the exported pipeline
+    return re.sub(whole, '"someone/base"', "\n".join(lines).replace(", unet=unet", ""))

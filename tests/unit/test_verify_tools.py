@@ -18,7 +18,8 @@ from tuner.export import contents, files, metadata, rules_label
 from tuner.export.rules import judge
 from tuner.files import account, bases
 from tuner.method import Card
-from tuner.verify import VerifyError, tools
+from tuner.push import usage
+from tuner.verify import VerifyError, single, tools
 
 Export = Callable[..., tuple[Any, Any, Card, list[Path]]]
 HEADS = "ComfyUI and Forge do not: heads 32 wide, it makes them 64 wide"
@@ -28,7 +29,7 @@ FIVE = "diffusers, ComfyUI, A1111, Forge and kohya load all of it by their rules
 
 @pytest.fixture
 def export(folders: dict[str, Path], models: ModuleType, tmp_path: Path) -> Export:
-    def made(base: str, kind: str, name: str = "case", **config: Any) -> tuple[Any, Any, Card, list[Path]]:
+    def made(base: str, kind: str, name: str = "case", /, **config: Any) -> tuple[Any, Any, Card, list[Path]]:
         family = models.family_of(folders[base], kind)
         method = models.move(models.method_of(kind, family, **config))
         card = dataclasses.replace(models.card_of(torch.float16, method), name=name)
@@ -212,3 +213,81 @@ def test_a_summary_of_a_written_file(
     assert alone == f"x.safetensors: diffusers loads all of it by its rules of naming (on {base.name})"
     with pytest.raises(UserError, match="no tool loads all of it: kohya would load nothing of it"):
         account.summary(path, base, ("kohya",))
+
+
+# --- single files beside diffusers' own reader, kinds that it does not read, words, cards
+
+
+def test_a_checkpoint_is_read_by_diffusers_too(export: Export, monkeypatch: pytest.MonkeyPatch) -> None:
+    family, method, card, written = export("sd1", "full", text_encoder=True)
+    (line,) = [line for line in verify.check(family, [method], written, card) if "original layout" in line]
+    assert "diffusers' from_single_file reads the same unet and text_encoder" in line
+    real = single.read
+
+    def changed(path: Path, name: str, *more: Any) -> torch.nn.Module:
+        network = real(path, name, *more)
+        with torch.no_grad():
+            next(network.parameters()).mul_(1.01 if name == "text_encoder" else 1.0)
+        return network
+
+    monkeypatch.setattr(single, "read", changed)
+    with pytest.raises(VerifyError, match="read by diffusers: text_encoder: .* is not what was trained"):
+        verify.check(family, [method], written, card)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("loha", "LoHa"), ("lokr", "LoKr"), ("lora", "")])
+def test_what_diffusers_and_kohya_do_not_read_is_told(kind: str, name: str, export: Export) -> None:
+    family, method, card, written = export("sd1", "lora", kind=kind)
+    (line,) = verify.check(family, [method], written, card)
+    told = f"; diffusers and kohya read no {name}: `tuner resize --rank N` makes a LoRA of it that they read"
+    assert line.endswith(told) if name else "resize" not in line
+
+
+def test_which_tensor_of_a_word_is_read(folders: dict[str, Path]) -> None:
+    from tuner.export import rules_embedding
+
+    rows = torch.ones(2, 32)
+    for base, named in (("sd1", "clip_l"), ("sd2", "clip_h")):
+        made = bases.named(str(folders[base]))
+        for keys, comfy, kohya in (
+            (["emb_params"], [], []),
+            (["a", named], ["a"], [named]),  # ComfyUI looks for its encoder's key, kohya for none
+            (["a", "emb_params"], ["emb_params"], ["emb_params"]),
+        ):
+            found = contents.of(dict.fromkeys(keys, rows), {}, "a.safetensors")
+            for tool, lost in (("ComfyUI", comfy), ("kohya", kohya)):
+                assert list(rules_embedding.judge(tool, found, made).dropped) == lost, (base, keys, tool)
+
+
+def test_cards_name_the_tools_whose_rules_load_a_file(export: Export, folders: dict[str, Path]) -> None:
+    _, _, _, written = export("sd2", "controlnet")
+    place = written[0].parents[1]
+    by_kind, by_rules = (
+        {tool for part in usage.parts(place, base) for tool in part.places}
+        for base in (None, str(folders["sd2"]))
+    )
+    assert by_kind == {"ComfyUI", "A1111", "Forge"} and by_rules == {"ComfyUI", "Forge"}
+
+
+def test_rows_of_a_file_that_is_loaded_in_part(tmp_path: Path, adapters: ModuleType) -> None:
+    from tuner.export import kohya
+
+    base = bases.named("sd15")
+    for ending, tools_ in (("conv_in", set()), ("0.attn2.to_k", {"kohya sd-scripts"})):
+        modules = adapters.loras(base, only=lambda path, end=ending: path.endswith((end, "0.attn2.to_k")))
+        files.save(tmp_path / "x.safetensors", kohya.to_kohya(modules), {})
+        (part,) = usage.parts(tmp_path)
+        assert set(part.places) == {"ComfyUI", "A1111", "Forge"} | tools_
+
+
+@pytest.mark.usefixtures("surroundings")
+def test_training_does_not_begin_under_such_a_name(run: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "base: embedded\nmethod: controlnet\ndata: {source: pictures, resolution: 128}\n"
+        "train: {steps: 1, batch_size: 1, learning_rate: 1e-4}\nexport: {name: my_shuffle}\n"
+        f"output: {tmp_path / 'out'}\n"
+    )
+    code, _, err = run("train", recipe)
+    assert code == 2 and "export.name: found my_shuffle; choose another one:" in err
+    assert not (tmp_path / "out").exists()

@@ -173,7 +173,8 @@ def _loaders(read: Contents, found: Identity, base: str | None) -> tuple[str, ..
         made = bases.choose(base if here else None, read, found)
     except UserError:
         return None
-    return tuple(_BY_RULES.get(tool, tool) for tool in account.ask(read, made).loads)
+    loads = tuple(_BY_RULES.get(tool, tool) for tool in account.ask(read, made).loads)
+    return loads if loads or here else None  # what fits a shipped base in part is of another one
 
 
 @dataclass(frozen=True)
