@@ -9,6 +9,11 @@ from pydantic import Field
 
 from tuner.block import Block, Conflict, OneOrMore
 from tuner.data.caption_block import Captions
+from tuner.data.conditions import Condition
+from tuner.data.jitter import Jitter
+from tuner.data.pictures import LIMIT
+from tuner.data.sources.spec import SourceSpec
+from tuner.data.views import Masks
 
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -53,18 +58,35 @@ class Base(Block):
 ONLY_FLOATING = ("vae", "image_encoder")
 
 
-class Source(Block):
-    """A set of pictures."""
+Sides = Positive | Annotated[list[Positive], Field(min_length=1)]
+Byte = Annotated[int, Field(ge=0, le=255)]
 
-    short: ClassVar[str | None] = "path"
 
-    path: Text = Field(
-        description="a folder with metadata.jsonl, with .txt beside the pictures, or in datasets/"
+class Source(SourceSpec):
+    """A set of pictures, with rules of its own where it has them."""
+
+    share: float | None = Field(
+        None, gt=0, description="how much of an epoch its pictures are, beside other sources' shares"
     )
-    repeats: Positive = Field(1, description="how often each of its pictures comes in one epoch")
+    resolution: Sides | None = Field(None, description="of its pictures; null: data.resolution")
+    captions: Captions | None = Field(None, description="its rules of captions; null: data.captions")
+    condition: Condition | None = Field(None, description="its conditions; null: the method's")
 
 
 Sources = Annotated[list[Source], OneOrMore()]
+
+
+class Buckets(Block):
+    """Pictures are trained at shapes near their own instead of squares, of no larger area."""
+
+    step: Positive | None = Field(
+        None, description="widths and heights are multiples of it, in pixels; null: 64, or what divides"
+    )
+    longest: float = Field(2.0, ge=1, description="the longer side by the shorter, at most")
+    upscale: bool = Field(True, description="enlarge pictures that are smaller than their bucket")
+    last: Literal["smaller", "padded"] = Field(
+        "smaller", description="a bucket's last batch: smaller, or filled with pictures that do not count"
+    )
 
 
 class Data(Block):
@@ -72,11 +94,25 @@ class Data(Block):
 
     source: Sources = Field(description="the pictures trained on", min_length=1)
     heldout: Sources = Field([], description="pictures for validation and evaluation, never trained on")
-    resolution: Positive = Field(description="width and height that pictures are trained at, in pixels")
+    resolution: Sides = Field(
+        description="width and height of the squares that pictures are trained at, in pixels; of several "
+        "areas each picture comes at each"
+    )
+    buckets: Buckets | None = Field(None, description="shapes near each picture's own; null: squares")
     crop: Literal["center", "random"] = Field(
         "center", description="which square of a picture that is not square"
     )
     flip: bool = Field(False, description="mirror half of the pictures, left to right")
+    jitter: Jitter | None = Field(None, description="colours changed at random; null: not")
+    background: Annotated[tuple[Byte, Byte, Byte], Field(strict=False)] = Field(
+        (255, 255, 255), description="red, green, blue behind transparent parts"
+    )
+    alpha: Literal["composite", "mask"] = Field(
+        "composite", description="transparency: lies on the background, or is the picture's mask"
+    )
+    masks: Masks | None = Field(None, description="how masks weigh the loss, where samples have them")
+    max_pixels: Positive = Field(LIMIT, description="larger pictures are refused before they are decoded")
+    unreadable: Interval = Field(0, description="samples that may be left out because they cannot be used")
     captions: Captions = Field(Captions(), description="how captions are chosen and changed")
     cache: Text | None = Field(
         None, description="folder of encoded pictures and texts; null: the user's; 'off': none"
@@ -84,6 +120,25 @@ class Data(Block):
     workers: Interval | None = Field(
         None, description="processes that load pictures; null: chosen; 0: the main one"
     )
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Shares of some sources only; the same resolution twice; a background that nothing lies on; rules of
+        held-out sources, which are looked at as `data` says."""
+        given = [source.share is not None for source in self.source]
+        if any(given) and not all(given):
+            without = given.index(False)
+            yield Conflict(
+                (f"source.{without}.share",), "found none, but other sources have shares; give all one"
+            )
+        wide = self.resolution if isinstance(self.resolution, list) else [self.resolution]
+        if len(set(wide)) < len(wide):
+            yield Conflict(("resolution",), f"found {wide}, expected different numbers")
+        for number, source in enumerate(self.heldout):
+            for key in ("share", "resolution", "captions", "condition"):
+                if getattr(source, key) is not None:
+                    yield Conflict((f"heldout.{number}.{key}",), "has no effect on held-out pictures")
+        if self.alpha == "mask" and "background" in self.model_fields_set:
+            yield Conflict(("background", "alpha"), "has no effect where alpha is the mask")
 
 
 class Preview(Block):

@@ -13,13 +13,11 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
-from tuner import __version__, base, device, loop, prior, verify
-from tuner.data import assemble, caption_check
+from tuner import __version__, base, device, gather, loop, verify
 from tuner.data.cache import Hashes, default_folder
-from tuner.data.loader import Division, Feed
-from tuner.data.noise import Draws
-from tuner.data.plan import Beside, Plan
-from tuner.data.sources import Sample
+from tuner.data.loader import Division
+from tuner.data.plan import Plan
+from tuner.data.samples import Sample
 from tuner.errors import UserError
 from tuner.evaluate.measures import measured
 from tuner.export import embedding, metadata
@@ -28,7 +26,6 @@ from tuner.method import Card, Method
 from tuner.objective import Objective
 from tuner.progress import say
 from tuner.recipe import Recipe, micro_batch
-from tuner.sample import Sampler
 from tuner.task import Task
 
 VERSIONS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
@@ -43,15 +40,14 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
     family, methods = task.family, task.each()
     loop.build_optimiser(methods, recipe.train)  # now, because a mistake is told before anything is written
 
-    wanted = _wanted(recipe, methods, accelerator)
-    samples, plan = _samples(recipe, task, wanted, accelerator)
-    data = assemble.feed(samples, wanted, family, hashes)
-    heldout = _heldout(recipe, wanted, accelerator, family, hashes)
+    wanted = gather.wanted(recipe, task, accelerator)
+    data, plan, digest = gather.gather(recipe, task, wanted, accelerator)
+    heldout = gather.heldout(recipe, task, wanted, accelerator)
     if accelerator.mixed_precision != "no":
         # All of a network of which a part is trained stays in float32.
         family.cast(device.DTYPES[accelerator.mixed_precision], task.parameters())
-    steps = recipe.train.steps or (recipe.train.epochs or 0) * plan.steps_per_epoch
-    digests = {**origins(task, hashes), "data": assemble.digest(samples, hashes)}
+    steps = recipe.train.steps or plan.steps_in(recipe.train.epochs or 0)
+    digests = {**origins(task, hashes), "data": digest}
     fingerprint = {
         "recipe": recipe.decisive(),
         # Other names than the recipe's own keys, among which these stand in a checkpoint.
@@ -74,13 +70,13 @@ def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
         recipe.data.workers or 0,
         Path(recipe.output),
         fingerprint,
-        card(recipe, task, digests, versions(), tags(recipe, samples)),
+        card(recipe, task, digests, versions(), tags(recipe, data.samples)),
     )
 
 
 def remembered(recipe: Recipe) -> Hashes:
     """Where content hashes are remembered, and beside them what was made of a base."""
-    return Hashes(_cache(recipe) or default_folder())
+    return Hashes(gather.cache(recipe) or default_folder())
 
 
 def adapted(recipe: Recipe, accelerator: Accelerator, hashes: Hashes) -> Task:
@@ -118,28 +114,6 @@ def _objective(recipe: Recipe, family: Family) -> Objective:
     return objective
 
 
-def _samples(
-    recipe: Recipe, task: Task, wanted: assemble.Wanted, accelerator: Accelerator
-) -> tuple[list[Sample], Plan]:
-    """All that is trained on, class pictures last, and when; class pictures are drawn where they lack."""
-    places = [(source.path, source.repeats) for source in recipe.data.source]
-    samples, times = assemble.read_sources(places, accelerator.is_main_process, accelerator.wait_for_everyone)
-    about = next((method.prior for method in task.each() if method.prior is not None), None)
-    classes: list[Sample] = []
-    if about is not None:
-        sampler = Sampler(task, accelerator, wanted.size, about.steps, about.guidance, seed=wanted.seed)
-        classes = prior.samples(about, sampler, wanted.cache)
-    beside = None if about is None else Beside(len(samples), len(classes), about.weight)
-    plan = Plan(times, recipe.train.batch_size, recipe.train.seed, beside)
-    tokenize = task.family.tokenize if task.family.text_encoders else None
-    if line := caption_check.check(samples, wanted.captions, task.each(), tokenize, recipe.base.windows):
-        say(line)
-    if about is not None:  # last, as it takes long
-        prior.draw(about, sampler, classes)
-        accelerator.wait_for_everyone()
-    return samples + classes, plan
-
-
 def _announce(
     recipe: Recipe, family: Family, task: Task, plan: Plan, steps: int, accelerator: Accelerator
 ) -> None:
@@ -161,9 +135,7 @@ def _kind(family: Family, task: Task) -> str:
     """What the base was recognised as, in words."""
     words = [family.name, task.objective.prediction]
     if family.inpainting:
-        words.append(
-            "inpainting: parts of the pictures are hidden at random, so their latents are not cached"
-        )
+        words.append("inpainting: parts of the pictures are hidden at random")
     return ", ".join(words)
 
 
@@ -201,7 +173,14 @@ def _check_quantised(recipe: Recipe, needs: list[str], trained: set[str]) -> Non
 
 def _check_size(recipe: Recipe, family: Family) -> None:
     """Raises UserError where the base does not take pictures of this resolution."""
-    side, networks = recipe.data.resolution, family.modules()
+    networks = family.modules()
+    if recipe.data.buckets is not None and "image_encoder" in networks:
+        raise UserError("data.buckets: the base's image encoder takes squares only; set null")
+    for side in gather.every_side(recipe):
+        _check_side(side, family, networks)
+
+
+def _check_side(side: int, family: Family, networks: Mapping[str, Any]) -> None:
     if "vae" in networks and side % family.factor:
         raise UserError(
             f"data.resolution: {side} is no multiple of {family.factor}, the autoencoder's factor"
@@ -259,54 +238,6 @@ def _check_uses(recipe: Recipe, methods: list[Method]) -> None:
         problems.append(f"evaluate.samples: there are no measures for method {names}; set 0")
     if problems:
         raise UserError("\n".join(problems))
-
-
-def _cache(recipe: Recipe) -> Path | None:
-    """The cache's folder; None where nothing is cached."""
-    if recipe.data.cache == "off":
-        return None
-    return Path(recipe.data.cache) if recipe.data.cache is not None else default_folder()
-
-
-def _wanted(recipe: Recipe, methods: list[Method], accelerator: Accelerator) -> assemble.Wanted:
-    """What the run asks of its data."""
-    kinds = [kind for kind in (method.condition for method in methods) if kind is not None]
-    captions = recipe.data.captions.rule(
-        tuple(line for method in methods for line in method.templates()),
-        min(method.DROP_CAPTIONS for method in methods),
-        tuple(pair for method in methods for pair in method.replacements()),
-    )
-    return assemble.Wanted(
-        size=recipe.data.resolution,
-        seed=recipe.train.seed,
-        crop=recipe.data.crop,
-        flip=recipe.data.flip,
-        captions=captions,
-        condition=kinds[0] if kinds else None,
-        cache=_cache(recipe),
-        latents=all(method.CACHES_LATENTS for method in methods),
-        text=all(method.CACHES_TEXT for method in methods),
-        draws=Draws(**recipe.objective.draws()),
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
-        wait=accelerator.wait_for_everyone,
-    )
-
-
-def _heldout(
-    recipe: Recipe, wanted: assemble.Wanted, accelerator: Accelerator, family: Family, hashes: Hashes
-) -> Feed | None:
-    """The held-out samples, as many as are looked at, without anything random in their making."""
-    places = [(source.path, 1) for source in recipe.data.heldout]
-    if not places:
-        return None
-    samples, _ = assemble.read_sources(places, accelerator.is_main_process, accelerator.wait_for_everyone)
-    looked = max(
-        recipe.validation.samples if recipe.validation.every else 0,
-        recipe.evaluate.samples,
-        recipe.preview.count,
-    )
-    return assemble.feed(samples[:looked], wanted.plain(), family, hashes)
 
 
 def versions() -> dict[str, str]:
@@ -373,7 +304,7 @@ def _about(recipe: Recipe, task: Task, method: Method) -> dict[str, Any]:
     }
     return {
         "family": family.name,
-        "resolution": recipe.data.resolution,
+        "resolution": max(gather.sides(recipe.data.resolution)),
         "prediction_type": task.objective.prediction,
         "inpainting": family.inpainting,
         "zero_terminal_snr": bool(family.scheduler_config.get("rescale_betas_zero_snr")),

@@ -16,6 +16,7 @@ from tuner import explain, yaml_source
 from tuner.block import expand
 from tuner.data import conditions, pictures
 from tuner.data.conditions import inpaint
+from tuner.data.transform import Transform
 from tuner.errors import UserError
 
 NOTE = "tuner.condition"
@@ -125,7 +126,7 @@ def _plain(value: str | float) -> str:
 
 
 def _cut(picture: conditions.Picture, size: int | None) -> conditions.Picture:
-    return picture if size is None else pictures.Transform(size)(picture)
+    return picture if size is None else Transform(size, size)(picture)
 
 
 def _hole(mask: Path, picture: Path, size: int | None) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:

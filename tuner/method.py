@@ -115,8 +115,8 @@ class Method(nn.Module):
         return {}
 
     @property
-    def condition(self) -> str | None:
-        """The kind of condition picture that the method looks at; None for none."""
+    def condition(self) -> Block | None:
+        """How the condition pictures that the method looks at are made (a Condition); None for none."""
         return None
 
     @property

@@ -14,7 +14,9 @@ from pathlib import Path
 from PIL import Image
 
 from tuner.data import cache
-from tuner.data.sources import PICTURES, Sample
+from tuner.data.blob import File
+from tuner.data.samples import Sample
+from tuner.data.sources.tree import PICTURES
 from tuner.errors import UserError
 from tuner.export.files import write_whole
 from tuner.method import Prior
@@ -48,7 +50,7 @@ def samples(prior: Prior, sampler: Sampler, place: Path | None) -> list[Sample]:
     else:
         folder = place / "class" / _name(prior, sampler)
         found = [folder / f"{number:05d}.png" for number in range(prior.count)]
-    return [Sample(picture, (prior.prompt,), fixed=True) for picture in found]
+    return [Sample(File(picture), (prior.prompt,), fixed=True) for picture in found]
 
 
 def draw(prior: Prior, sampler: Sampler, wanted: Sequence[Sample]) -> None:
@@ -59,7 +61,7 @@ def draw(prior: Prior, sampler: Sampler, wanted: Sequence[Sample]) -> None:
     """
     if prior.source is not None:
         return
-    places = [sample.path for sample in wanted]
+    places = [sample.picture.path for sample in wanted if isinstance(sample.picture, File)]
     size = pictures_at_once(sampler.size)
     lots = [range(first, min(first + size, len(places))) for first in range(0, len(places), size)]
     accelerator = sampler.accelerator

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from tuner.data.captions import CaptionRule
+from tuner.data.conditions import values
 from tuner.data.loader import Feed
 from tuner.data.plan import Slot
 from tuner.task import Task
@@ -84,8 +85,7 @@ class Sampler:
         rule = CaptionRule(replace=tuple(pair for m in self.task.each() for pair in m.replacements()))
         looks = None
         if branch is not None and conditions is not None:
-            stacked = np.stack([c.transpose(2, 0, 1) for c in conditions]).astype(np.float32) / 255
-            looks = torch.from_numpy(stacked).to(device)
+            looks = torch.from_numpy(np.stack([values(c) for c in conditions])).to(device)
             for method in self.task.each():
                 looks = method.look(looks)
         with self.accelerator.autocast():

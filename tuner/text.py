@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -114,30 +114,6 @@ def layers(encoder: Any) -> tuple[str, int]:
     """Where a CLIP text encoder's layers lie, and how many there are: `encoder.layers`, 12."""
     below = "text_model." if hasattr(encoder, "text_model") else ""
     return f"{below}encoder.layers", len(encoder.get_submodule(f"{below}encoder.layers"))
-
-
-def cut_line(captions: Iterable[str], tokens: Callable[[Sequence[str]], Tokens], windows: int) -> str | None:
-    """What a run says of captions that are longer than it reads; None where there are none.
-
-    Args:
-        captions: as they are encoded.
-        tokens: captions -> Tokens of `windows` windows.
-    """
-    reads = (WINDOW - 2) * windows
-    # A token covers a byte at least, so that short captions need no look.
-    long = sorted(caption for caption in captions if len(caption.encode()) > reads)
-    if not long:
-        return None
-    counts = [max(both) for both in zip(*(each.cut for each in tokens(long).each()), strict=True)]
-    most = max(counts)
-    if most == 0:
-        return None
-    shown = long[counts.index(most)]
-    needed = -(-(most + reads) // (WINDOW - 2))
-    return (
-        f"{sum(map(bool, counts))} captions have more than {reads} tokens and are cut, one by {most}: "
-        f"{shown[:60]!r}...; base.windows: {needed} reads them all"
-    )
 
 
 @contextmanager

@@ -27,8 +27,10 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
 from tuner import attention
-from tuner.data.pictures import load, to_signed
-from tuner.data.sources import Sample, open_source
+from tuner.data.pictures import decode, to_signed
+from tuner.data.samples import Sample, Samples
+from tuner.data.sources.opening import open_spec
+from tuner.data.sources.spec import SourceSpec
 from tuner.device import precision, quiet
 from tuner.evaluate.captions import Named
 from tuner.evaluate.compare import compare, score
@@ -46,7 +48,7 @@ def autoencoder(pipe: StableDiffusionPipeline, samples: Sequence[Sample]) -> dic
     errors, whole = [], []
     for start in range(0, len(samples), AT_ONCE):
         some = samples[start : start + AT_ONCE]
-        pixels = torch.from_numpy(np.stack([to_signed(load(s.path)) for s in some]))
+        pixels = torch.from_numpy(np.stack([to_signed(picture_of(s)) for s in some]))
         seen = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
         errors += (seen - pixels).square().mean(dim=(1, 2, 3)).tolist()
         whole += [
@@ -59,6 +61,11 @@ def autoencoder(pipe: StableDiffusionPipeline, samples: Sequence[Sample]) -> dic
         "psnr_db_of_mean_error": 10 * float(np.log10(4 / np.mean(errors))),
         "scenes_read_right": float(np.mean(whole)),
     }
+
+
+def picture_of(sample: Sample) -> np.ndarray:
+    """A sample's picture uint8 [H, W, 3]."""
+    return decode(sample.picture.read(), sample.picture.name).picture
 
 
 def scene_of(sample: Sample) -> dict[str, object]:
@@ -113,6 +120,13 @@ def text_to_image(
     return {"pictures": len(rows), **shares}, pictures
 
 
+def opened(folder: Path) -> Samples:
+    """The samples of a folder."""
+    samples = open_spec(SourceSpec(path=str(folder)))
+    assert isinstance(samples, Samples)
+    return samples
+
+
 def main() -> None:
     """Measure and print."""
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,7 +140,7 @@ def main() -> None:
     asked = asked.parse_args()
     quiet()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    splits = {n: open_source(str(Path(_HERE) / n)) for n in ("heldout", "combinations", "stars")}
+    splits = {n: opened(Path(_HERE) / n) for n in ("heldout", "combinations", "stars")}
     pipe = StableDiffusionPipeline.from_pretrained(asked.base, safety_checker=None)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from tuner import base, optimiser
 from tuner.batch import Batch
+from tuner.data.blob import File
 from tuner.data.cache import Hashes
 from tuner.data.captions import CaptionRule
 from tuner.data.loader import Feed, Latents, Texts
 from tuner.data.plan import Slot
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
+from tuner.data.views import Views
 from tuner.family import Family
 from tuner.method import Method
 from tuner.objective import Objective
@@ -27,6 +30,7 @@ from tuner.task import Task
 
 SIZE = 32  # pixels of a side
 COUNT = 6  # samples
+CANNY = {"kind": "canny"}
 
 
 WITHOUT_UNET = ("autoencoder", "contrastive")  # to them an inpainting base is one as any other
@@ -54,7 +58,8 @@ class Case:
     @property
     def name(self) -> str:
         own = ("arch", "unlock_decoder_at", *(["rank"] if self.method == "controlnet" else []))
-        more = (k for k, v in self.config.items() if v is True or isinstance(v, list) or k in own)
+        told = {k: v for k, v in self.config.items() if isinstance(v, bool | list) or k in own}
+        more = (f"no_{key}" if value is False else key for key, value in told.items())
         return "-".join([self.config.get("kind", self.method), *more, self.base])
 
     @property
@@ -63,7 +68,7 @@ class Case:
 
 
 SD1 = (
-    Case("controlnet", {"condition": "canny"}),
+    Case("controlnet", {"condition": CANNY}),
     Case(
         "textual_inversion",
         {"token": "<new>", "init": "red", "vectors": 2, "replace": "toy"},
@@ -102,10 +107,10 @@ CASES = (
     *SD1,
     Case("lora", {"rank": 4}, learning_rate=1e-2),
     Case("textual_inversion", TWO_WORDS, learning_rate=0.1, falls=0.98),
-    Case("controlnet", {"condition": "canny", "unlock_decoder_at": 1}, frozen=False),
-    *(Case("controlnet", {"condition": "canny", "arch": "lite"}, base=base) for base in ("sd1", "sdxl")),
+    Case("controlnet", {"condition": CANNY, "unlock_decoder_at": 1}, frozen=False),
+    *(Case("controlnet", {"condition": CANNY, "arch": "lite"}, base=base) for base in ("sd1", "sdxl")),
     *(
-        Case("controlnet", {"condition": "canny", "rank": 4}, base=base)
+        Case("controlnet", {"condition": CANNY, "rank": 4}, base=base)
         for base in ("sd1", "sd2", "sdxl", "sd1_inpaint")
     ),
     *(Case("full", {"text_encoder": True}, base=base, frozen=False) for base in ("sd1", "sd2", "sdxl")),
@@ -187,7 +192,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
         ImageDraw.Draw(picture).ellipse((6 + number, 5, 20 + number, 24), (250, 255 - 40 * number, 20))
         place = folder / f"{number}.png"
         picture.save(place)
-        made.append(Sample(place, (f"a toy {number} in {'abcdef'[number]}",)))
+        made.append(Sample(File(place), (f"a toy {number} in {'abcdef'[number]}",)))
     return made
 
 
@@ -218,14 +223,11 @@ def build(load: Callable[[Case], Family], samples: list[Sample]) -> Build:
         method.train_mode(True)
         task = Task(family, [method], Objective.from_scheduler_config(family.scheduler_config))
         feed = Feed(
-            samples,
-            SIZE,
-            11,
+            Views(samples, SIZE, 11, condition=method.condition),
             CaptionRule(replace=method.replacements()),
             Latents(family.latent_channels, family.factor),
             Texts(family.tokenize if family.text_encoders else None),
-            method.condition,
-            sizes=family.told_sizes,
+            told=np.array([(SIZE, SIZE + 4 * n) for n in range(COUNT)]) if family.told_sizes else None,
             holes=family.inpainting,
         )
         return Bench(case, family, method, task, feed)

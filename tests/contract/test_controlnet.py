@@ -21,7 +21,11 @@ LAST = ENCODER + "conv_out."
 
 @pytest.fixture(params=["sd1", "sd2", "sdxl", "sd1_inpaint"])
 def controlnet(request: pytest.FixtureRequest, cases: tuple[Case, ...], build: Callable[..., Bench]) -> Bench:
-    plain = [case for case in cases if case.method == "controlnet" and case.config == {"condition": "canny"}]
+    plain = [
+        case
+        for case in cases
+        if case.method == "controlnet" and case.config == {"condition": {"kind": "canny"}}
+    ]
     (row,) = (case for case in plain if case.base == request.param)
     return build(row)
 

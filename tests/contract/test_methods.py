@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 import tuner.families
 import tuner.methods
 from tuner.data import assemble
-from tuner.data.cache import Hashes
+from tuner.data.index import Memory
 from tuner.data.loader import Division, stream
 from tuner.data.plan import Plan, Slot
 from tuner.errors import UserError
@@ -236,7 +237,7 @@ def test_a_cached_step_is_the_same_step(bench: Bench, tmp_path: Path) -> None:
     method, feed = bench.method, bench.feed
     wanted = assemble.Wanted(
         size=feed.size,
-        seed=feed.seed,
+        seed=feed.views.seed,
         crop="center",
         flip=True,
         captions=feed.captions,
@@ -245,12 +246,13 @@ def test_a_cached_step_is_the_same_step(bench: Bench, tmp_path: Path) -> None:
         latents=method.CACHES_LATENTS,
         text=method.CACHES_TEXT,
     )
-    hashes = Hashes(tmp_path / "cache")
+    memory = Memory(tmp_path / "memory")
     bench.wake()
     method.train_mode(False)
     losses = []
     for about in (wanted, replace(wanted, cache=None)):
-        made = assemble.feed(feed.samples, about, bench.family, hashes)
+        opened = assemble.look_at(feed.samples, np.ones(6), about, memory)
+        made = assemble.feed(opened, about, bench.family)
         cached = about.cache is not None
         stays = method.CACHES_LATENTS and not bench.family.inpainting
         assert (made.latents.store is not None) == (cached and stays)

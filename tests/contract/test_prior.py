@@ -13,7 +13,7 @@ from PIL import Image
 
 from tuner import build, device, loop, recipe, sample
 from tuner.data.loader import stream
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
 from tuner.errors import UserError
 from tuner.log import Log
 from tuner.signals import Stop
@@ -47,12 +47,12 @@ Start = Callable[..., loop.Run]
 def start(sd1_folder: Path, samples: list[Sample], tmp_path: Path) -> Iterator[Start]:
     """Builds a run with class pictures."""
     for one in samples:
-        one.path.with_suffix(".txt").write_text(one.captions[0])
+        one.picture.path.with_suffix(".txt").write_text(one.captions[0])
 
     def built(prior: str, cache: str = "cache", batch: int = 4) -> loop.Run:
         AcceleratorState._reset_state(True)
         place = tmp_path / "recipe.yaml"
-        more = {"base": sd1_folder, "data": samples[0].path.parent, "output": tmp_path / "out"}
+        more = {"base": sd1_folder, "data": samples[0].picture.path.parent, "output": tmp_path / "out"}
         where = tmp_path / cache if cache != "off" else cache
         place.write_text(RECIPE.format(prior=prior, cache=where, batch=batch, **more))
         return build.build(recipe.load(place), device.start("fp32", 1))
@@ -76,7 +76,7 @@ def test_the_base_draws_what_lacks_and_only_that(
     assert list(first) == ["00000.png", "00001.png", "00002.png"] and len(set(first.values())) == 3
     sampler = sample.Sampler(run.task, run.accelerator, 32, 2, 5.0)
     expected = sampler.pictures(["a toy"] * 3)
-    found = [np.asarray(Image.open(tmp_path / "x" / path.path)) for path in run.data.samples[6:]]
+    found = [np.asarray(Image.open(tmp_path / "x" / one.picture.path)) for one in run.data.samples[6:]]
     assert len(found) == 3
     for one, other in zip(expected, found, strict=True):  # drawn in other lots: equal up to rounding
         assert np.abs(one.astype(int) - other.astype(int)).max() <= 1
@@ -131,7 +131,7 @@ def test_given_ones_are_taken(start: Start, tmp_path: Path) -> None:
     for name in ("a.png", "more/b.jpg"):
         Image.new("RGB", (40, 36), "red").save(folder / name)
     run = start(f"{{prompt: a toy, source: {folder}}}")
-    assert [s.path.name for s in run.data.samples[6:]] == ["a.png", "b.jpg"]
+    assert [s.picture.path.name for s in run.data.samples[6:]] == ["a.png", "b.jpg"]
     assert all(s.fixed and s.captions == ("a toy",) for s in run.data.samples[6:])
     assert not (tmp_path / "cache" / "class").exists()
     with pytest.raises(UserError, match="prior.source: .*: no pictures there"):

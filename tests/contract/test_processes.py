@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
 
 SCRIPT = Path(__file__).with_name("processes.py")
 METHODS = {
@@ -83,8 +83,8 @@ def trained(
     """What one process and two came to, all methods in one launch each."""
     root = tmp_path_factory.mktemp("processes")
     for sample in samples:
-        sample.path.with_suffix(".txt").write_text(sample.captions[0])
-    data = samples[0].path.parent
+        sample.picture.path.with_suffix(".txt").write_text(sample.captions[0])
+    data = samples[0].picture.path.parent
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tuner import build, checkpoint, device, loop, recipe, verify
 from tuner.checkpoint import State
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
 from tuner.export import files
 from tuner.log import Log
 from tuner.signals import Stop
@@ -47,7 +47,7 @@ DECODER = ("up_blocks.", "conv_norm_out.", "conv_out.")
 def start(folders: dict[str, Path], samples: list[Sample], tmp_path: Path) -> Iterator[Start]:
     """Builds a run and trains it, from a checkpoint if one is given."""
     for one in samples:
-        one.path.with_suffix(".txt").write_text(one.captions[0])
+        one.picture.path.with_suffix(".txt").write_text(one.captions[0])
 
     def trained(output: str, steps: int, state: State | None = None, **more: Any) -> loop.Run:
         AcceleratorState._reset_state(True)
@@ -59,7 +59,11 @@ def start(folders: dict[str, Path], samples: list[Sample], tmp_path: Path) -> It
             "precision": "fp32",
             **more,
         }
-        asked |= {"data": samples[0].path.parent, "output": tmp_path / output, "cache": tmp_path / "cache"}
+        asked |= {
+            "data": samples[0].picture.path.parent,
+            "output": tmp_path / output,
+            "cache": tmp_path / "cache",
+        }
         place.write_text(RECIPE.format(steps=steps, **asked))
         about = recipe.load(place)
         run = build.build(about, device.start(about.train.precision, 1))

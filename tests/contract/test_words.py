@@ -13,7 +13,7 @@ from torch import Tensor
 from tuner import base, build, checkpoint, device, loop, recipe, sample
 from tuner.checkpoint import State
 from tuner.data.cache import Hashes
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
 from tuner.log import Log, read
 from tuner.signals import Stop
 
@@ -52,14 +52,14 @@ Start = Callable[..., loop.Run]
 def start(folders: dict[str, Path], samples: list[Sample], tmp_path: Path) -> Iterator[Start]:
     """Builds a run on a tiny base and trains it, from a checkpoint if one is given."""
     for one in samples:
-        one.path.with_suffix(".txt").write_text(one.captions[0])
+        one.picture.path.with_suffix(".txt").write_text(one.captions[0])
 
     def trained(
         name: str, output: str, method: str, precision: str = "fp32", state: State | None = None
     ) -> loop.Run:
         AcceleratorState._reset_state(True)
         place = tmp_path / f"{output}.yaml"
-        more = {"base": folders[name], "data": samples[0].path.parent, "output": tmp_path / output}
+        more = {"base": folders[name], "data": samples[0].picture.path.parent, "output": tmp_path / output}
         more |= {"cache": tmp_path / "cache", "precision": precision, "method": method}
         place.write_text(RECIPE.format(**more))
         about = recipe.load(place)

@@ -21,11 +21,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from tuner import base
 from tuner.batch import Batch
+from tuner.data.blob import File
 from tuner.data.cache import Hashes
 from tuner.data.captions import CaptionRule
 from tuner.data.loader import Feed, Latents, Texts
 from tuner.data.plan import Slot
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
+from tuner.data.views import Views
 from tuner.method import Method
 from tuner.methods import controlnet, full, lora, textual_inversion
 from tuner.objective import Objective
@@ -124,7 +126,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
         noise = np.random.default_rng(number).integers(0, 255, (8, 9, 3)).astype(np.uint8)
         place = folder / f"{number}.png"
         Image.fromarray(noise).resize((72, 64), Image.Resampling.NEAREST).save(place)
-        made.append(Sample(place, (caption,)))
+        made.append(Sample(File(place), (caption,)))
     return made
 
 
@@ -141,16 +143,11 @@ class Ours:
         self.method: Method = kind(config, family, 7)
         self.task = Task(family, [self.method], Objective.from_scheduler_config(family.scheduler_config))
         feed = Feed(
-            samples,
-            SIZE,
-            3,
+            Views(samples, SIZE, 3, "random", True, self.method.condition),
             CaptionRule(replace=self.method.replacements()),
             Latents(4, 8),
             Texts(family.tokenize),
-            self.method.condition,
-            flip=True,
-            crop="random",
-            sizes=family.told_sizes,
+            told=np.array([(64, 72)] * len(samples)) if family.told_sizes else None,
             holes=family.inpainting,
         )
         self.batch = feed.batch([Slot(i, 2, 5 + i, 1.0) for i in range(len(samples))], float(len(samples)))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tuner import base
 from tuner.data import caption_check
+from tuner.data.blob import File
 from tuner.data.cache import Hashes
 from tuner.data.captions import CaptionRule
+from tuner.data.samples import Sample
 from tuner.data.tags import TagRule
 from tuner.errors import UserError
 from tuner.family import Options
@@ -40,8 +41,8 @@ def load(folders: dict[str, Path], tmp_path: Path) -> Any:
     return fresh
 
 
-def samples(*captions: str) -> list[Any]:
-    return [SimpleNamespace(path=Path(f"{i}.png"), captions=(one,)) for i, one in enumerate(captions)]
+def samples(*captions: str) -> list[Sample]:
+    return [Sample(File(Path(f"{i}.png")), (one,)) for i, one in enumerate(captions)]
 
 
 def check(method: Any, rule: CaptionRule, *captions: str) -> str | None:

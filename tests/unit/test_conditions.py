@@ -13,6 +13,7 @@ from tuner import counted
 from tuner.data import conditions, holes, pictures
 from tuner.data.conditions import Condition, Draw, make_condition, values
 from tuner.data.conditions.inpaint import with_hole
+from tuner.data.transform import Transform
 from tuner.errors import UserError
 
 FILES = ("blur", "canny", "colour_grid", "gray", "inpaint", "model", "scribble", "soft_edge", "tile")
@@ -216,16 +217,14 @@ def test_what_is_in_the_condition_lies_where_it_lies_in_the_picture(
 def test_conditions_are_made_of_the_pixels_after_the_crop(tree: dict[str, Any]) -> None:
     """Nothing outside the crop is seen, and nothing of the uncropped picture's scale."""
     whole = scene(96, 160, seed=3)
-    cut = pictures.Transform(64, across=0.8, flip=True)(whole)
+    cut = Transform(64, 64, across=0.8, flip=True)(whole)
     changed = whole.copy()
     top, left = 0, round((round(160 * 64 / 96) - 64) * 0.8)
     changed[:, : int((left - 8) * 96 / 64)] = 0  # beyond the reach of the resampling
-    again = pictures.Transform(64, across=0.8, flip=True)(changed)
+    again = Transform(64, 64, across=0.8, flip=True)(changed)
     assert top == 0 and np.array_equal(cut, again) and not np.array_equal(whole, changed)
     assert np.array_equal(made(tree, cut), made(tree, again))
-    assert not np.array_equal(
-        made(tree, cut), pictures.Transform(64, across=0.8, flip=True)(made(tree, whole))
-    )
+    assert not np.array_equal(made(tree, cut), Transform(64, 64, across=0.8, flip=True)(made(tree, whole)))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from PIL import Image
 from tuner import cli, condition
 from tuner.data import pictures
 from tuner.data.conditions import Condition, Draw, make_condition, values
+from tuner.data.transform import Transform
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_it_is_what_training_makes(photo: Path, capsys: pytest.CaptureFixture[st
         == "new/edges.png: canny of photo.png, 32x32 pixels, low 50, high 100 to 200\n"
     )
     block = Condition.model_validate({"kind": "canny", "low": 50, "high": [100, 200]})
-    cut = pictures.Transform(32)(pictures.load(photo))
+    cut = Transform(32, 32)(pictures.load(photo))
     wanted = make_condition(block, cut, Draw(7), "photo.png")
     assert wanted.any() and np.array_equal(pictures.load(Path("new/edges.png")), wanted)
     assert np.array_equal(condition.read(Path("new/edges.png")), wanted)

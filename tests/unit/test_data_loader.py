@@ -14,11 +14,14 @@ from torch import Tensor
 
 from tuner import counted
 from tuner.batch import Batch
+from tuner.data.blob import File
 from tuner.data.cache import Store
 from tuner.data.captions import CaptionRule
+from tuner.data.conditions import Condition
 from tuner.data.loader import Division, Feed, Latents, Texts, stream
 from tuner.data.plan import Plan, Slot
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
+from tuner.data.views import Views
 from tuner.errors import UserError
 from tuner.family import Moments
 from tuner.text import Text, Tokens
@@ -41,24 +44,27 @@ def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
     for number in range(COUNT):
         noise = np.random.default_rng(number).integers(0, 255, (40, 48, 3)).astype(np.uint8)
         Image.fromarray(noise).save(folder / f"{number}.png")
-        samples.append(Sample(folder / f"{number}.png", (f"red {number}", f"toy {number}")))
+        samples.append(Sample(File(folder / f"{number}.png"), (f"red {number}", f"toy {number}")))
     rule = CaptionRule(drop=0.3, prefix="the ")
-    return Feed(samples, 32, 5, rule, Latents(4, 8), Texts(fake_tokens), "canny", flip=True, crop="random")
+    views = Views(samples, 32, 5, "random", True, Condition(kind="canny"))
+    return Feed(views, rule, Latents(4, 8), Texts(fake_tokens))
 
 
 @pytest.fixture(scope="module")
 def cached(feed: Feed, tmp_path_factory: pytest.TempPathFactory) -> Feed:
     """The same with latents and captions from stores."""
     root = tmp_path_factory.mktemp("cache")
-    latents, texts = Store(root / "latents"), Store(root / "text")
-    names = [(f"{i}", f"{i} mirrored") for i in range(COUNT)]
-    latents.write({name: torch.randn(8, 4, 4) for both in names for name in both})
+    texts = Store(root / "text")
+    latents = Latents(4, 8, Store(root / "latents"), [str(i) for i in range(COUNT)])
+    names = [latents.name(i, (32, 32), flip) for i in range(COUNT) for flip in (False, True)]
+    assert latents.store is not None and len(set(names)) == 2 * COUNT
+    latents.store.write({name: torch.randn(8, 4, 4) for name in names})
     every = sorted(set().union(*(feed.captions.every(s.captions) for s in feed.samples)))
     texts.write({caption or "(empty)": torch.randn(77, 8) for caption in every})
     return replace(
         feed,
-        crop="center",
-        latents=Latents(4, 8, latents, names),
+        views=replace(feed.views, crop="center"),
+        latents=latents,
         texts=Texts(fake_tokens, texts, lambda caption: caption or "(empty)"),
     )
 
@@ -164,7 +170,7 @@ def test_a_sample_differs_from_epoch_to_epoch_and_from_seed_to_seed(feed: Feed) 
     one = feed.batch([Slot(0, 0, 4, 1.0)], 1.0)
     for other in (
         feed.batch([Slot(0, 1, 4, 1.0)], 1.0),
-        replace(feed, seed=6).batch([Slot(0, 0, 4, 1.0)], 1.0),
+        replace(feed, views=replace(feed.views, seed=6)).batch([Slot(0, 0, 4, 1.0)], 1.0),
     ):
         assert one.pixels is not None and other.pixels is not None
         for name in ("noise", "posterior", "u", "pixels"):
@@ -173,7 +179,7 @@ def test_a_sample_differs_from_epoch_to_epoch_and_from_seed_to_seed(feed: Feed) 
 
 def test_noise_is_standard_normal_and_timesteps_are_even(feed: Feed) -> None:
     slots = [Slot(i % COUNT, i // COUNT, i % COUNT, 1.0) for i in range(200)]
-    batch = replace(feed, condition=None).batch(slots, 200.0)
+    batch = replace(feed, views=replace(feed.views, condition=None)).batch(slots, 200.0)
     for noise in (batch.noise, batch.posterior):
         count = noise.numel()
         assert abs(float(noise.mean())) < 5 / count**0.5
@@ -189,9 +195,9 @@ def test_an_unreadable_picture_stops_the_stream_and_is_named(
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    samples = [*feed.samples[:-1], feed.samples[-1]._replace(path=broken)]
+    samples = [*feed.samples[:-1], feed.samples[-1]._replace(picture=File(broken))]
     with pytest.raises(UserError, match=r"broken\.png: this picture cannot be read"):
-        run(replace(feed, samples=samples), Division(), 0, workers)
+        run(replace(feed, views=replace(feed.views, samples=samples)), Division(), 0, workers)
 
 
 def test_a_batch_on_a_device_is_the_same_batch(data: Feed) -> None:

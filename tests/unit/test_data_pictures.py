@@ -13,11 +13,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tuner.data import conditions, pictures
+from tuner.data.blob import File
 from tuner.data.captions import CaptionRule
+from tuner.data.conditions import Condition
 from tuner.data.loader import Feed, Latents, Texts
-from tuner.data.pictures import Picture, Transform
+from tuner.data.pictures import Picture
 from tuner.data.plan import Slot
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
+from tuner.data.transform import Transform
+from tuner.data.views import Views
 from tuner.errors import UserError
 
 
@@ -36,7 +40,11 @@ def centre(picture: Picture) -> tuple[float, float]:
 
 
 TRANSFORMS = st.builds(
-    Transform, st.sampled_from([32, 48]), across=st.floats(0, 1), down=st.floats(0, 1), flip=st.booleans()
+    lambda size, **more: Transform(size, size, **more),
+    st.sampled_from([32, 48]),
+    across=st.floats(0, 1),
+    down=st.floats(0, 1),
+    flip=st.booleans(),
 )
 
 
@@ -49,7 +57,7 @@ TRANSFORMS = st.builds(
 def test_a_marker_lands_where_the_geometry_says(
     transform: Transform, wide: int, high: int, place: tuple[float, float]
 ) -> None:
-    size = transform.size
+    size = transform.height
     scale = size / min(wide, high)
     grown = max(size, round(wide * scale)), max(size, round(high * scale))
     x = place[0] * grown[0] - round((grown[0] - size) * transform.across)
@@ -80,8 +88,9 @@ def test_a_picture_and_a_condition_of_another_size_stay_aligned(
         assert (picture == condition).all()
 
 
-def feed(samples: list[Sample], condition: str | None, crop: str = "random", size: int = 32) -> Feed:
-    return Feed(samples, size, 7, CaptionRule(), Latents(4, 8), Texts(None), condition, flip=True, crop=crop)
+def feed(samples: list[Sample], condition: str, crop: str = "random", size: int = 32) -> Feed:
+    views = Views(samples, size, 7, crop, True, Condition(kind=condition))
+    return Feed(views, CaptionRule(), Latents(4, 8), Texts(None))
 
 
 def on_disk(folder: Path, count: int = 6, condition_scale: int = 1) -> list[Sample]:
@@ -94,7 +103,8 @@ def on_disk(folder: Path, count: int = 6, condition_scale: int = 1) -> list[Samp
         picture.save(folder / f"{number}.png")
         bigger = picture.resize((wide * condition_scale, high * condition_scale), Image.Resampling.NEAREST)
         bigger.save(folder / f"{number}-condition.png")
-        samples.append(Sample(folder / f"{number}.png", (f"{number}",), folder / f"{number}-condition.png"))
+        both = (File(folder / f"{number}{more}.png") for more in ("", "-condition"))
+        samples.append(Sample(next(both), (f"{number}",), next(both)))
     return samples
 
 
@@ -107,7 +117,7 @@ def test_picture_and_given_condition_go_through_one_transform(tmp_path: Path, cr
     assert batch.pixels is not None and batch.condition is not None
     assert batch.pixels.shape == batch.condition.shape == (24, 3, 32, 32)
     assert torch.equal(batch.pixels, batch.condition * 2 - 1)
-    transforms = {data.transform(slot) for slot in slots}
+    transforms = {data.views.transform(slot) for slot in slots}
     assert {t.flip for t in transforms} == {True, False}
     assert len(transforms) == (24 if crop == "random" else 2)
 
@@ -143,7 +153,7 @@ def test_a_missing_or_misshapen_condition_is_an_error_that_names_it(tmp_path: Pa
     with pytest.raises(UserError, match=r"0\.png: no conditioning_image"):
         feed([sample._replace(condition=None)], "image").batch([slot], 1.0)
     assert sample.condition is not None
-    Image.new("RGB", (64, 40)).save(sample.condition)
+    Image.new("RGB", (64, 40)).save(sample.condition.name)
     with pytest.raises(UserError, match=r"0-condition\.png: 64x40 .* 40x64"):
         feed([sample], "image").batch([slot], 1.0)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tuner.data.sources import Sample
+from tuner.data.blob import File
+from tuner.data.samples import Sample
 from tuner.evaluate.captions import Named, NamedObject, captions_of
 from tuner.evaluate.measures import caption_of, judged, measured, table
 from tuner.evaluate.render import render
@@ -23,7 +24,8 @@ def sample(index: int, records: bool = True) -> Sample:
     captions = captions_of(scene, "heldout", index)
     named = [{"form": caption.form, "named": caption.named.to_json()} for caption in captions]
     record = {**scene.to_json(), "captions": named}
-    return Sample(Path("x.png"), tuple(c.text for c in captions), None, record if records else None)
+    texts = tuple(caption.text for caption in captions)
+    return Sample(File(Path("x.png")), texts, scene=record if records else None)
 
 
 @pytest.mark.parametrize("form", ["short", "long"])

@@ -151,7 +151,7 @@ def test_an_inpainting_base_is_shown_what_its_pipeline_shows(load: Any) -> None:
     pipe = family.pipeline()
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1
-    hole = torch.from_numpy(np.stack([holes.draw(64, 0, 0, at) for at in (1, 2)]))
+    hole = torch.from_numpy(np.stack([holes.draw((64, 64), 0, 0, at) for at in (1, 2)]))
     assert 0 < float(hole.mean()) < 1
     found = family.inpaint(pixels, hole)
     seen: list[Tensor] = []
@@ -335,4 +335,4 @@ def test_the_run_tells_what_the_base_is(load: Any, name: str) -> None:
     if name == "sd2":
         assert words == "sd2, v_prediction"
     else:
-        assert words.startswith("sd1, epsilon, inpainting: ") and words.endswith("latents are not cached")
+        assert words.startswith("sd1, epsilon, inpainting: ") and words.endswith("hidden at random")

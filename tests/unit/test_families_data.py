@@ -11,12 +11,16 @@ import torch
 from PIL import Image
 
 from tuner import base
-from tuner.data import assemble, holes, pictures
+from tuner.data import assemble, holes
+from tuner.data.blob import File
 from tuner.data.cache import Hashes
 from tuner.data.captions import CaptionRule
+from tuner.data.index import Memory
 from tuner.data.loader import Feed, Latents, Texts
 from tuner.data.plan import Slot
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
+from tuner.data.transform import Transform
+from tuner.data.views import Views
 from tuner.family import Options
 
 
@@ -26,22 +30,22 @@ def marked(tmp_path: Path, wide: int, high: int) -> Sample:
     picture = np.stack([columns, rows, 0 * rows], axis=2).astype(np.uint8)
     place = tmp_path / f"{wide}x{high}.png"
     Image.fromarray(picture).save(place)
-    return Sample(place, ("a",))
+    return Sample(File(place), ("a",))
 
 
 def test_the_told_crop_is_where_the_pixels_come_from(tmp_path: Path) -> None:
     """Of pictures that are not resized the pixels say where they were cut out."""
     samples = [marked(tmp_path, 64, 100), marked(tmp_path, 120, 64), marked(tmp_path, 64, 64)]
-    feed = Feed(
-        samples, 64, 0, CaptionRule(), Latents(4, 8), Texts(None), flip=True, crop="random", sizes=True
-    )
+    views = Views(samples, 64, 0, "random", True)
+    sizes = np.array([(100, 64), (64, 120), (64, 64)])
+    feed = Feed(views, CaptionRule(), Latents(4, 8), Texts(None), told=sizes)
     slots = [Slot(at % 3, 0, at, 1.0) for at in range(24)]
     batch = feed.batch(slots, 24.0)
     assert batch.sizes is not None and batch.pixels is not None and batch.sizes.shape == (24, 6)
     assert batch.sizes.dtype == torch.float32
     seen = set()
     for slot, told, pixels in zip(slots, batch.sizes.tolist(), batch.pixels, strict=True):
-        wide, high = pictures.size(samples[slot.sample].path)
+        high, wide = sizes[slot.sample]
         assert told[:2] == [high, wide] and told[4:] == [64, 64]
         corner = ((pixels[:2, 0] + 1) * 127.5).round()
         mirrored = bool(corner[0, 0] > corner[0, -1])
@@ -54,29 +58,30 @@ def test_the_told_crop_is_where_the_pixels_come_from(tmp_path: Path) -> None:
 
 def test_the_told_size_is_the_files_and_the_crop_is_of_the_resized_picture(tmp_path: Path) -> None:
     sample = marked(tmp_path, 200, 128)
-    feed = Feed([sample], 64, 0, CaptionRule(), Latents(4, 8), Texts(None), sizes=True)
+    sizes = np.array([(128, 200)])
+    feed = Feed(Views([sample], 64, 0), CaptionRule(), Latents(4, 8), Texts(None), told=sizes)
     batch = feed.batch([Slot(0, 0, 0, 1.0)], 1.0)
     assert batch.sizes is not None and batch.sizes.tolist() == [[128, 200, 0, 18, 64, 64]]
     assert feed.batch([Slot(0, 0, 0, 1.0)], 1.0).hole is None
-    transform = pictures.Transform(64, across=0.25, flip=True)
+    transform = Transform(64, 64, across=0.25, flip=True)
     assert transform.place(128, 200) == (64, 100, 0, 9) and transform.seen(128, 200) == (0, 27)
 
 
 def test_holes_are_counted_and_of_every_kind() -> None:
-    drawn = [holes.draw(64, 5, 1, at) for at in range(400)]
+    drawn = [holes.draw((64, 64), 5, 1, at) for at in range(400)]
     for hole in drawn:
         assert hole.shape == (1, 64, 64) and hole.dtype == np.float32
         assert set(np.unique(hole)) <= {0.0, 1.0} and hole.any()
-    again = [holes.draw(64, 5, 1, at) for at in reversed(range(400))]
+    again = [holes.draw((64, 64), 5, 1, at) for at in reversed(range(400))]
     assert all(np.array_equal(one, other) for one, other in zip(drawn, reversed(again), strict=True))
-    assert not np.array_equal(holes.draw(64, 5, 2, 7), drawn[7])
+    assert not np.array_equal(holes.draw((64, 64), 5, 2, 7), drawn[7])
     shares = np.array([hole.mean() for hole in drawn])
     everything = shares == 1
     assert abs(everything.mean() - 0.25) < 0.09  # four deviations of 400 draws
     assert 0.1 < shares[~everything].mean() < 0.6 and shares.min() < 0.1
     # A larger picture has the same hole, only finer.
     for at in range(20):
-        small, large = (holes.draw(size, 5, 1, at)[0] for size in (64, 256))
+        small, large = (holes.draw((size, size), 5, 1, at)[0] for size in (64, 256))
         assert np.abs(large.reshape(64, 4, 64, 4).mean(axis=(1, 3)) - small).mean() < 0.06
 
 
@@ -99,7 +104,8 @@ def test_cached_texts_are_those_of_the_layer_and_the_windows(
             str(folders[name]), None, (), ("text_encoder",), 0, Hashes(tmp_path / "hashes"), options
         )
         wanted = assemble.Wanted(32, 0, "center", False, rule, None, tmp_path / "cache", True, True)
-        feed = assemble.feed([sample], wanted, family, Hashes(tmp_path / "hashes"))
+        opened = assemble.look_at([sample], np.ones(1), wanted, Memory(tmp_path / "memory"))
+        feed = assemble.feed(opened, wanted, family)
         batch = feed.batch([Slot(0, 0, 0, 1.0)], 1.0)
         assert feed.texts.store is not None and batch.text is not None and batch.tokens is None
         with torch.no_grad():

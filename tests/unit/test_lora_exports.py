@@ -202,7 +202,11 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "place", "change", "message"), DAMAGED, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(
+    ("kind", "place", "change", "message"),
+    DAMAGED,
+    ids=lambda value: value[:30] if isinstance(value, str) else "damaged",  # a function's name has an address
+)
 def test_a_damaged_file_is_named(
     kind: str, place: str, change: Any, message: str, make: Callable[..., Made], tmp_path: Path
 ) -> None:

@@ -17,15 +17,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tuner import counted, recipe
+from tuner import counted, gather, recipe
 from tuner.batch import Batch
-from tuner.build import _wanted
 from tuner.data import assemble
+from tuner.data.blob import File
 from tuner.data.captions import CaptionRule
+from tuner.data.index import Memory
 from tuner.data.loader import Division, Feed, Latents, Texts, stream
 from tuner.data.noise import GOLDEN, Array, Draws, pyramid, summed
 from tuner.data.plan import Plan, Slot
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
+from tuner.data.views import Views
 from tuner.objective import Objective
 from tuner.task import Task
 
@@ -180,9 +182,8 @@ def feed(tmp_path_factory: pytest.TempPathFactory) -> Feed:
     samples = []
     for number in range(6):
         Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(folder / f"{number}.png")
-        samples.append(Sample(folder / f"{number}.png", (f"red {number}",)))
-    rule = CaptionRule()
-    return Feed(samples, 32, AT[0], rule, Latents(4, 8), Texts(None), draws=EVERYTHING)
+        samples.append(Sample(File(folder / f"{number}.png"), (f"red {number}",)))
+    return Feed(Views(samples, 32, AT[0]), CaptionRule(), Latents(4, 8), Texts(None), draws=EVERYTHING)
 
 
 def test_a_batch_holds_what_was_drawn(feed: Feed) -> None:
@@ -190,7 +191,7 @@ def test_a_batch_holds_what_was_drawn(feed: Feed) -> None:
     batch = feed.batch(slots, 2.0)
     assert batch.input_noise is not None
     for index, slot in enumerate(slots):
-        at = (feed.seed, slot.epoch, slot.position)
+        at = (feed.views.seed, slot.epoch, slot.position)
         noise = EVERYTHING.noise((4, 4, 4), *at)
         assert np.array_equal(batch.noise[index].numpy(), noise)
         assert np.array_equal(batch.input_noise[index].numpy(), EVERYTHING.input_noise(noise, *at))
@@ -256,9 +257,18 @@ def test_the_recipes_choice_reaches_the_feed_and_not_the_validation(tmp_path: Pa
     place = tmp_path / "one.yaml"
     place.write_text(RECIPE)
     accelerator: Any = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
-    wanted = _wanted(recipe.load(place), [], accelerator)
     family = Mock(latent_channels=4, factor=8, text_encoders={}, inpainting=False)
     family.modules.return_value = {}
-    hashes: Any = None
-    assert assemble.feed([], wanted, family, hashes).draws == EVERYTHING
-    assert assemble.feed([], wanted.plain(), family, hashes).draws == Draws()
+    method = SimpleNamespace(
+        condition=None,
+        templates=tuple,
+        replacements=tuple,
+        DROP_CAPTIONS=0.0,
+        CACHES_LATENTS=True,
+        CACHES_TEXT=True,
+    )
+    task: Any = SimpleNamespace(family=family, each=lambda: [method])
+    wanted = gather.wanted(recipe.load(place), task, accelerator)
+    opened = assemble.look_at([], np.zeros(0), wanted, Memory(tmp_path / "memory"))
+    assert assemble.feed(opened, wanted, family).draws == EVERYTHING
+    assert assemble.feed(opened, wanted.plain(), family).draws == Draws()

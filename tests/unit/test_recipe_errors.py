@@ -43,7 +43,10 @@ evaluate: {samples: 9}
 log: {wandb: 7, tensorboard: }
 """
 KEYS = "base, data, evaluate, export, log, method, objective, output, preview, train, validate"
-SOURCE = "a folder with metadata.jsonl, with .txt beside the pictures, or in datasets/"
+SOURCE = (
+    "a folder; hub:owner/name; *.parquet or *.arrow; a folder of save_to_disk; *.tar, or "
+    "http(s)://.../{000..009}.tar"
+)
 TOLD = [
     "x.yaml:1: base.new.0: found the text 'unte', "
     "expected one of: unet, vae, text_encoder, text_encoder_2, image_encoder; did you mean unet?",
@@ -52,10 +55,12 @@ TOLD = [
     "x.yaml:3: method.lora.rnak: unknown key; did you mean rank? (expected one of: layers, rank)",
     "x.yaml:4: method.contrlnet: unknown method; did you mean controlnet? "
     "(expected one of: controlnet, lora, textual_inversion)",
-    "x.yaml:8: data.source.1.repeets: unknown key; did you mean repeats? (expected one of: path, repeats)",
+    "x.yaml:8: data.source.1.repeets: unknown key; did you mean repeats? (expected one of: buffer, captions, "
+    "captions_from, columns, condition, condition_from, config, folder_repeats, mask_from, path, repeats, "
+    "resolution, revision, share, split, streaming, weight)",
     f"x.yaml:9: data.source.2.path: is missing; expected text ({SOURCE})",
     "x.yaml:9: data.source.2.repeats: found the number 0, expected a number of at least 1",
-    "x.yaml:10: data.resolution: found the text '128', expected a whole number",
+    "x.yaml:10: data.resolution: found the text '128', expected a whole number or a list",
     "x.yaml:11: data.flip: found the text 'no', expected true or false; write false",
     "x.yaml:12: data.captions.templates.1: found 0 times {} in 'a photo', expected it once",
     "x.yaml:14: objective.snr_gamma: has no effect: it belongs to weighting min_snr or "

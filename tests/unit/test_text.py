@@ -143,19 +143,6 @@ def test_what_does_not_fit_is_counted(load: Any) -> None:
         assert [one.cut for one in tokens.each()] == [cut, cut]
 
 
-@pytest.mark.parametrize("name", ["sd1", "sdxl"])
-def test_captions_that_are_cut_are_told_with_what_would_read_them(load: Any, name: str) -> None:
-    captions = {"", "red " * 40, "t " * 75, "t " * 76, "u " * 200}  # `red` is one token of four bytes
-    told = {n: text.cut_line(captions, load(name, windows=n).tokenize, n) for n in (1, 2, 3)}
-    assert told[1] == (
-        f"2 captions have more than 75 tokens and are cut, one by 125: {('u ' * 30)!r}...; "
-        "base.windows: 3 reads them all"
-    )
-    assert told[2] is not None and told[2].startswith("1 captions have more than 150 tokens")
-    assert told[3] is None
-    assert text.cut_line({"a red toy"}, load(name).tokenize, 1) is None
-
-
 def test_the_pooled_output_is_at_the_end_of_text_also_behind_new_tokens(load: Any) -> None:
     family, plain = load("sdxl"), load("sdxl")
     assert family.networks["text_encoder_2"].config.eos_token_id == 2

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tuner.data import pictures
-from tuner.data.cache import Hashes, Store, key
+from tuner.data import conditions, index, pictures
+from tuner.data.buckets import Assigned, Buckets
+from tuner.data.cache import Store, key
 from tuner.data.captions import CaptionRule, joined
+from tuner.data.conditions import Condition
+from tuner.data.index import Index, Memory, Share
+from tuner.data.jitter import Jitter
 from tuner.data.loader import POOLED, Feed, Latents, Texts
 from tuner.data.noise import Draws
-from tuner.data.sources import Sample, open_source
+from tuner.data.plan import Slot
+from tuner.data.samples import Behind, Chosen, Joined, Sample, Samples
+from tuner.data.sources.opening import open_specs
+from tuner.data.sources.spec import SourceSpec
+from tuner.data.views import Masks, Views
+from tuner.errors import UserError
 from tuner.family import Family
 from tuner.progress import say, track
 
@@ -31,118 +41,273 @@ TEXT_LIMIT = 256 * 2**20
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run asks of its data."""
+    """What a run asks of its data.
+
+    Attributes:
+        size: of the square, in pixels, where there are no buckets.
+        captions, condition: of all samples but those of sources that have rules of their own.
+        cache: None: nothing is cached.
+        latents, text: the frozen autoencoder's, the frozen text encoder's output may be cached.
+        unreadable: samples that may be left out because they cannot be used.
+    """
 
     size: int
     seed: int
     crop: str
     flip: bool
     captions: CaptionRule
-    condition: str | None
-    cache: Path | None  # None: nothing is cached
-    latents: bool  # the frozen autoencoder's output may be cached
-    text: bool  # the frozen text encoder's output may be cached
+    condition: Condition | None
+    cache: Path | None
+    latents: bool
+    text: bool
     draws: Draws = Draws()
-    rank: int = 0
-    processes: int = 1
-    wait: Callable[[], None] = lambda: None  # for all processes
+    share: Share = Share()
+    buckets: tuple[Buckets, ...] = ()  # of each source; none: squares of `size`
+    reading: pictures.Reading = pictures.Reading()
+    masks: Masks | None = None
+    jitter: Jitter | None = None
+    unreadable: int = 0
+    captions_of: tuple[tuple[int, CaptionRule], ...] = ()
+    condition_of: tuple[tuple[int, Condition], ...] = ()
 
     def plain(self) -> Wanted:
         """The same for looking instead of training: the first caption, plain noise, nothing dropped,
-        mirrored or moved."""
-        return replace(self, captions=self.captions.plain(), flip=False, crop="center", draws=Draws())
+        mirrored, moved or coloured, everything square; its sources have no rules of their own."""
+        return replace(
+            self,
+            captions=self.captions.plain(),
+            flip=False,
+            crop="center",
+            draws=Draws(),
+            buckets=(),
+            jitter=None,
+            masks=None,
+            captions_of=(),
+            condition_of=(),
+        )
 
 
-def read_sources(
-    places: Sequence[tuple[str, int]], main: bool, wait: Callable[[], None]
-) -> tuple[list[Sample], list[int]]:
-    """The samples of all sources, and for each how often it comes in an epoch.
+class Opened(NamedTuple):
+    """Samples that can be used, with what is known of them.
+
+    Attributes:
+        samples, known: those of the sources and behind them the class pictures.
+        repeats: how often each of the sources' comes in an epoch, float64 [N].
+        assigned: buckets of the sources' samples. A class picture comes in any of them.
+        left_out: what is wrong with those that cannot be used.
+    """
+
+    samples: Sequence[Sample]
+    known: Index
+    repeats: npt.NDArray[np.float64]
+    assigned: Assigned
+    left_out: tuple[str, ...]
+
+    def digest(self) -> str:
+        """A hash over the samples: pictures' bytes, captions, conditions, masks, weights."""
+        state = hashlib.sha256()
+        parts = zip(self.samples, self.known.pictures, self.known.conditions, self.known.masks, strict=True)
+        for sample, *known in parts:
+            digests = [None if one is None else one.digest for one in known]
+            state.update(repr((digests, sample.captions, sample.weight, sample.source)).encode())
+        return state.hexdigest()
+
+    def of_source(self, number: int) -> Sequence[Sample]:
+        """The samples of one source."""
+        return Chosen(self.samples, [i for i, s in enumerate(self.samples) if s.source == number])
+
+    def beside(self, classes: Opened) -> Opened:
+        """With class pictures behind."""
+        index = Index(
+            [*self.known.pictures, *classes.known.pictures],
+            [*self.known.conditions, *classes.known.conditions],
+            [*self.known.masks, *classes.known.masks],
+        )
+        samples = Behind(self.samples, classes.samples)
+        return self._replace(samples=samples, known=index, left_out=self.left_out + classes.left_out)
+
+
+def open_sources(
+    specs: Sequence[SourceSpec], wanted: Wanted, memory: Memory, main: bool, most: int | None = None
+) -> Opened:
+    """The samples of all sources, looked at: every one that cannot be used is told, or left out if allowed.
 
     A source of datasets/ that is missing is made by the main process while the others wait.
+
+    Args:
+        memory: of what is known of pictures.
+        main: whether this is the main process.
+        most: how many samples are wanted, the first ones; None: all.
+
+    Raises:
+        UserError: a source or a sample cannot be used.
     """
-    if main:
-        for place, _ in places:
-            open_source(place, say)
-    wait()
-    found = [(sample, times) for place, times in places for sample in open_source(place, say)]
-    return [sample for sample, _ in found], [times for _, times in found]
+    place = None if wanted.cache is None else wanted.cache / "tars"
+    opened = open_specs(specs, say, place) if main else []
+    wanted.share.wait()
+    opened = opened or open_specs(specs, lambda line: None, place)
+    parts: list[Samples] = []
+    for part in opened:
+        if not isinstance(part, Samples):
+            raise UserError(
+                f"data.source: {part.place} is read in passing, which a run cannot continue from; "
+                "without streaming it is downloaded first (tars: download them and give their paths)"
+            )
+        parts.append(part)
+    samples: Sequence[Sample] = Joined(parts)
+    repeats = Joined(parts).repeats.astype(np.float64)
+    if most is not None:
+        samples, repeats = Chosen(samples, range(min(most, len(samples)))), repeats[:most]
+    return look_at(samples, repeats, wanted, memory)
 
 
-def digest(samples: Sequence[Sample], hashes: Hashes) -> str:
-    """A hash over the samples: pictures' bytes, captions, given conditions."""
-    found = hashes.of([s.path for s in samples] + [s.condition for s in samples if s.condition])
-    state = hashlib.sha256()
-    for s in samples:
-        condition = found[s.condition] if s.condition else ""
-        state.update(repr((found[s.path], s.captions, condition)).encode())
-    return state.hexdigest()
+def look_at(
+    samples: Sequence[Sample], repeats: npt.NDArray[np.float64], wanted: Wanted, memory: Memory
+) -> Opened:
+    """Samples with what is known of them, without those that cannot be used."""
+    known, problems = index.look(samples, memory, wanted.reading, wanted.share)
+    if wanted.condition is not None:
+        own = dict(wanted.condition_of)
+        for number, sample in enumerate(samples):
+            how = own.get(sample.source, wanted.condition)
+            if sample.condition is None and how.kind == conditions.GIVEN:
+                name = sample.picture.name
+                problems.setdefault(number, f"{name}: no conditioning_image, which condition: image asks for")
+    kept = index.sift(problems, len(samples), wanted.unreadable)
+    if problems:
+        samples, known, repeats = Chosen(samples, kept), known.only(kept), repeats[kept]
+    assigned = _assign(samples, known, wanted)
+    return Opened(samples, known, repeats, assigned, tuple(problems[number] for number in sorted(problems)))
 
 
-def feed(samples: Sequence[Sample], wanted: Wanted, family: Family, hashes: Hashes) -> Feed:
+def _assign(samples: Sequence[Sample], known: Index, wanted: Wanted) -> Assigned:
+    """The samples' buckets, of each source its own."""
+    of = np.array([sample.source for sample in samples], np.int64)
+    every = wanted.buckets or tuple(Buckets((wanted.size,), 1) for _ in range(int(of.max(initial=0)) + 1))
+    sizes, parts = known.sizes, []
+    for number, one in enumerate(every):
+        rows = np.flatnonzero(of == number)
+        part = one.assign(sizes[rows], lambda at, rows=rows: samples[int(rows[at])].picture.name)  # type: ignore[misc]
+        parts.append((part, len(rows)))
+    return Assigned.join(parts)
+
+
+def uncached(wanted: Wanted, family: Family) -> dict[str, str]:
+    """What is encoded in each step although there is a cache, `pictures` or `captions`, and why."""
+    if wanted.cache is None:
+        return {}
+    reasons = (
+        (not wanted.latents, "the method sees the pixels"),
+        (wanted.crop == "random", "data.crop: random shows another part of a picture each time"),
+        (wanted.jitter is not None, "data.jitter changes colours each time"),
+        (family.inpainting, "the base sees another hole each time"),
+    )
+    found = {}
+    if "vae" in family.modules() and any(true for true, _ in reasons):
+        found["pictures"] = "; ".join(reason for true, reason in reasons if true)
+    if family.text_encoders and not wanted.text:
+        found["captions"] = "what reads them is trained"
+    return found
+
+
+def feed(opened: Opened, wanted: Wanted, family: Family) -> Feed:
     """The feed of some samples, with everything encoded that may be cached."""
-    latents = Latents(family.latent_channels, family.factor)
-    stays = wanted.crop == "center" and not family.inpainting  # else the pixels are needed in each step
-    if wanted.latents and wanted.cache is not None and stays and "vae" in family.modules():
-        latents = _cache_latents(samples, wanted, family, hashes)
-    texts = Texts(family.tokenize if family.text_encoders else None)
-    if wanted.text and wanted.cache is not None and family.text_encoders:
-        texts = _cache_text(samples, wanted, family) or texts
-    return Feed(
-        samples,
+    views = Views(
+        opened.samples,
         wanted.size,
         wanted.seed,
+        wanted.crop,
+        wanted.flip,
+        wanted.condition,
+        wanted.condition_of,
+        wanted.reading,
+        wanted.masks,
+        wanted.jitter,
+    )
+    latents = Latents(family.latent_channels, family.factor)
+    anew = uncached(wanted, family)
+    if wanted.cache is not None and "vae" in family.modules() and "pictures" not in anew:
+        latents = _cache_latents(opened, views, wanted, family)
+    texts = Texts(family.tokenize if family.text_encoders else None)
+    if wanted.cache is not None and family.text_encoders and "captions" not in anew:
+        texts = _cache_text(opened.samples, wanted, family) or texts
+    return Feed(
+        views,
         wanted.captions,
         latents,
         texts,
-        wanted.condition,
-        wanted.flip,
-        wanted.crop,
-        draws=wanted.draws,
-        sizes=family.told_sizes,
+        wanted.captions_of,
+        told=opened.known.sizes if family.told_sizes else None,
         holes=family.inpainting,
+        draws=wanted.draws,
+        left_out=opened.left_out,
     )
 
 
-def pictures_at_once(size: int) -> int:
-    """How many pictures of this side, in pixels, are encoded together: 16 up to 128, 1 from 512 on."""
-    return max(1, min(ENCODE_AT_ONCE, PIXELS_AT_ONCE // size**2))
+def pictures_at_once(height: int, width: int) -> int:
+    """How many pictures of a size in pixels are encoded together: 16 up to 128 x 128, 1 from 512 x 512 on."""
+    return max(1, min(ENCODE_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
 
 
-def _cache_latents(samples: Sequence[Sample], wanted: Wanted, family: Family, hashes: Hashes) -> Latents:
+class _Entry(NamedTuple):
+    """What is to be encoded."""
+
+    name: str
+    slot: Slot
+    flip: bool
+
+
+def _cache_latents(opened: Opened, views: Views, wanted: Wanted, family: Family) -> Latents:
     assert wanted.cache is not None
-    store = Store(wanted.cache / "latents")
-    found = hashes.of(s.path for s in samples)
-    flips = (False, True) if wanted.flip else (False, False)
-
-    def name(sample: Sample, flip: bool) -> str:
-        return key(
-            picture=found[sample.path],
-            size=wanted.size,
-            crop="center",
-            flip=flip,
-            vae=family.digests["vae"],
-            dtype="float32",
-        )
-
-    names = [(name(s, flips[0]), name(s, flips[1])) for s in samples]
-    entries = {
-        n: (s, flip)
-        for s, both in zip(samples, names, strict=True)
-        for n, flip in zip(both, flips, strict=True)
+    store, share = Store(wanted.cache / "latents"), wanted.share
+    about = {
+        "vae": family.digests["vae"],
+        "dtype": "float32",
+        "background": str(wanted.reading.background),
+        "alpha": wanted.reading.alpha,
     }
+    digests = [known.digest for known in opened.known.pictures]
+    latents = Latents(family.latent_channels, family.factor, store, digests, tuple(sorted(about.items())))
     # Shared out before it is known what is missing, so that it is the same to each however they hurry.
-    items = [item for item in list(entries.items())[wanted.rank :: wanted.processes] if item[0] not in store]
+    entries = list({entry.name: entry for entry in _entries(opened, views, latents)}.values())
+    items = [entry for entry in entries[share.rank :: share.processes] if entry.name not in store]
+    still = replace(views, flip=False)
 
-    def encode(chunk: Sequence[tuple[str, tuple[Sample, bool]]]) -> dict[str, Tensor]:
-        looks = [pictures.Transform(wanted.size, flip=flip)(pictures.load(s.path)) for _, (s, flip) in chunk]
+    def encode(chunk: Sequence[_Entry]) -> dict[str, Tensor]:
+        looks = [still.picture(entry.slot) for entry in chunk]
+        looks = [look[:, ::-1] if entry.flip else look for look, entry in zip(looks, chunk, strict=True)]
         pixels = torch.from_numpy(np.stack([pictures.to_signed(p) for p in looks])).to(family.device)
         both = torch.cat(family.encode_images(pixels), dim=1).cpu()
-        return {n: row.clone() for (n, _), row in zip(chunk, both, strict=True)}
+        return {entry.name: row.clone() for entry, row in zip(chunk, both, strict=True)}
 
-    _encode(items, encode, store, "encoding pictures", pictures_at_once(wanted.size))
-    wanted.wait()
+    _encode(_alike(items, views), len(items), encode, store, "encoding pictures")
+    share.wait()
     store.refresh()
-    return Latents(family.latent_channels, family.factor, store, names)
+    return latents
+
+
+def _entries(opened: Opened, views: Views, latents: Latents) -> Iterator[_Entry]:
+    """Every encoding that may be asked for: each sample in each of its buckets, mirrored too if it may be."""
+    about = opened.assigned
+    rows = [(n, about.shapes[b]) for n, b in zip(about.sample.tolist(), about.bucket.tolist(), strict=True)]
+    classes = range(len(opened.repeats), len(opened.samples))
+    rows += [(number, shape) for number in classes for shape in about.shapes]
+    for number, bucket in rows:
+        slot = Slot(number, 0, 0, 1.0, bucket)
+        for flip in (False, True) if views.flip else (False,):
+            yield _Entry(latents.name(number, views.shape(slot), flip), slot, flip)
+
+
+def _alike(items: Sequence[_Entry], views: Views) -> list[Sequence[_Entry]]:
+    """The entries in chunks of one size that are encoded together."""
+    shapes: dict[tuple[int, int], list[_Entry]] = {}
+    for item in items:
+        shapes.setdefault(views.shape(item.slot), []).append(item)
+    return [
+        those[start : start + pictures_at_once(*shape)]
+        for shape, those in shapes.items()
+        for start in range(0, len(those), pictures_at_once(*shape))
+    ]
 
 
 def _cache_text(samples: Sequence[Sample], wanted: Wanted, family: Family) -> Texts | None:
@@ -152,7 +317,9 @@ def _cache_text(samples: Sequence[Sample], wanted: Wanted, family: Family) -> Te
         one = family.encode_prompts(family.tokenize([""]).to(family.device))
     size = one.hidden.nbytes + (0 if one.pooled is None else one.pooled.nbytes)
     most = TEXT_LIMIT // size
-    found = joined((sample.every(wanted.captions) for sample in samples), most)
+    rules = dict(wanted.captions_of)
+    every = (sample.every(rules.get(sample.source, wanted.captions)) for sample in samples)
+    found = joined(every, most)
     if found is None:
         say(f"more than {most} captions may come, too many to keep encoded; they are encoded in each step")
         return None
@@ -172,7 +339,7 @@ def _cache_text(samples: Sequence[Sample], wanted: Wanted, family: Family) -> Te
         return key(caption=caption, **about)
 
     items = [(name(c), c) for c in captions]
-    items = [item for item in items[wanted.rank :: wanted.processes] if item[0] not in store]
+    items = [item for item in items[wanted.share.rank :: wanted.share.processes] if item[0] not in store]
 
     def encode(chunk: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -184,8 +351,9 @@ def _cache_text(samples: Sequence[Sample], wanted: Wanted, family: Family) -> Te
             entries |= {POOLED.format(n): row.clone() for (n, _), row in pooled}
         return entries
 
-    _encode(items, encode, store, "encoding captions")
-    wanted.wait()
+    chunks = [items[start : start + ENCODE_AT_ONCE] for start in range(0, len(items), ENCODE_AT_ONCE)]
+    _encode(chunks, len(items), encode, store, "encoding captions")
+    wanted.share.wait()
     store.refresh()
     return Texts(family.tokenize, store, name, one.pooled is not None)
 
@@ -194,18 +362,17 @@ Item = TypeVar("Item")
 
 
 def _encode(
-    items: Sequence[Item],
+    chunks: Sequence[Sequence[Item]],
+    count: int,
     encode: Callable[[Sequence[Item]], dict[str, Tensor]],
     store: Store,
     description: str,
-    at_once: int = ENCODE_AT_ONCE,
 ) -> None:
     """Encode what the cache lacks, a shard at a time."""
-    if not items:
+    if not count:
         return
     shard: dict[str, Tensor] = {}
-    chunks = [items[i : i + at_once] for i in range(0, len(items), at_once)]
-    for chunk in track(chunks, len(chunks), f"{description} ({len(items)})", "batches"):
+    for chunk in track(chunks, len(chunks), f"{description} ({count})", "batches"):
         shard |= encode(chunk)
         if len(shard) >= SHARD:
             store.write(shard)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from tuner.data.captions import CaptionRule
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
 from tuner.errors import UserError
 from tuner.method import Method
 from tuner.text import WINDOW, Tokens
@@ -35,12 +35,12 @@ def check(
         UserError: samples without a caption that may be chosen; captions that a method cannot learn from,
             or not from what the base reads of them. All of the first of these kinds that there are.
     """
-    found = ((sample, rule.problem(sample.captions)) for sample in samples)
-    if wrong := [f"{sample.path}: {problem}" for sample, problem in found if problem is not None]:
+    found = ((sample, rule.problem(sample.captions, sample.kinds)) for sample in samples)
+    if wrong := [f"{sample.picture.name}: {problem}" for sample, problem in found if problem is not None]:
         raise UserError(f"{len(wrong)} of {len(samples)} samples have no usable caption:{_listed(wrong)}")
     # What learns from the empty caption learns from any.
     choosy = [method for method in methods if method.check_captions({""})]
-    captions: set[str] = set().union(*(rule.extremes(s.captions, ends=bool(choosy)) for s in samples))
+    captions: set[str] = set().union(*(rule.extremes(s.captions, s.kinds, bool(choosy)) for s in samples))
     for method in choosy:
         if wrong := method.check_captions(captions):
             raise UserError(

@@ -18,10 +18,10 @@ BOXES = 0.5
 """Share of the others that are boxes; the rest are strokes."""
 
 
-def draw(size: int, seed: int, epoch: int, position: int) -> npt.NDArray[np.float32]:
-    """A hole float32 [1, size, size], 1 where the picture is to be filled, else 0; never empty."""
+def draw(shape: tuple[int, int], seed: int, epoch: int, position: int) -> npt.NDArray[np.float32]:
+    """A hole float32 [1, height, width], 1 where the picture is to be filled, else 0; never empty."""
     drawn = counted.generator(seed, epoch, position, purpose="mask")
-    return some(size, size, drawn, EVERYTHING, BOXES).astype(np.float32)[None]
+    return some(*shape, drawn, EVERYTHING, BOXES).astype(np.float32)[None]
 
 
 def some(

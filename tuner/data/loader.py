@@ -6,32 +6,50 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tuner import counted
 from tuner.batch import Batch
 from tuner.data import conditions, holes, pictures
-from tuner.data.cache import Store
+from tuner.data.cache import Store, key
 from tuner.data.captions import CaptionRule
+from tuner.data.conditions import Condition
 from tuner.data.noise import Draws
 from tuner.data.plan import Plan, Slot, share
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
+from tuner.data.views import Picture, Seen, Views
 from tuner.errors import UserError
 from tuner.family import Moments
 from tuner.text import Text, Tokens
 
-Picture = pictures.Picture
-
 
 @dataclass(frozen=True)
 class Latents:
-    """Shape of the latents and the cache they are read from, if they are cached."""
+    """Shape of the latents and the cache they are read from, if they are cached.
+
+    Attributes:
+        digests: of each sample, its picture's; about: what else an entry depends on.
+    """
 
     channels: int
     factor: int
     store: Store | None = None
-    names: Sequence[tuple[str, str]] = ()  # for each sample, its entry as it is and mirrored
+    digests: Sequence[str] = ()
+    about: tuple[tuple[str, str], ...] = ()
+
+    def name(self, sample: int, shape: tuple[int, int], flip: bool) -> str:
+        """The cache's entry of a sample at a height and width, as it is or mirrored."""
+        height, width = shape
+        return key(
+            picture=self.digests[sample],
+            height=height,
+            width=width,
+            crop="center",
+            flip=flip,
+            **dict(self.about),
+        )
 
 
 POOLED = "{} pooled"
@@ -53,83 +71,74 @@ class Feed:
     """Everything that turns a slot of the plan into a training sample; goes to the loader's workers.
 
     Attributes:
-        condition: a kind of condition, `image` for given condition pictures, None for none.
-        flip: mirror half of the samples; crop: `center` or `random`.
+        views: how samples are looked at.
+        captions: their rule; of_source: rules of single sources, by their number.
         u: overrides the timestep's random number, for the fixed grid of the validation.
-        sizes: the denoiser is told each picture's size and crop.
+        told: of each sample height and width of its picture, int64 [N, 2]: the denoiser is told these sizes
+            and the crop; None: it is not.
         holes: an inpainting base fills a part of each picture, drawn at random.
         draws: how noise and timesteps are drawn.
+        left_out: what is wrong with samples that were left out.
     """
 
-    samples: Sequence[Sample]
-    size: int
-    seed: int
+    views: Views
     captions: CaptionRule
     latents: Latents
     texts: Texts
-    condition: str | None = None
-    flip: bool = False
-    crop: str = "center"
+    of_source: tuple[tuple[int, CaptionRule], ...] = ()
     u: Callable[[Slot], float] | None = None
-    sizes: bool = False
+    told: npt.NDArray[np.int64] | None = None
     holes: bool = False
     draws: Draws = Draws()
+    left_out: tuple[str, ...] = ()
 
-    def transform(self, slot: Slot) -> pictures.Transform:
-        """The geometric transform of a sample, for its picture and its condition alike."""
-        at = (self.seed, slot.epoch, slot.position)
-        flip = self.flip and counted.uniform(*at, "flip") < 0.5
-        if self.crop == "random":
-            return pictures.Transform(
-                self.size, counted.uniform(*at, "crop across"), counted.uniform(*at, "crop down"), flip
-            )
-        return pictures.Transform(self.size, flip=flip)
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """What it makes batches of."""
+        return self.views.samples
+
+    @property
+    def size(self) -> int:
+        """Pixels of a side of the square."""
+        return self.views.size
+
+    @property
+    def condition(self) -> Condition | None:
+        """How conditions are made; None where there are none."""
+        return self.views.condition
+
+    def picture(self, slot: Slot) -> Picture:
+        """The pixels that are trained on, uint8 [height, width, 3]."""
+        return self.views.picture(slot)
+
+    def condition_picture(self, slot: Slot, picture: Picture | None) -> Picture:
+        """The condition of a sample, uint8 [height, width, 3 or 4], aligned with picture()."""
+        return self.views.condition_picture(slot, picture)
 
     def caption(self, slot: Slot) -> str:
         """The caption that is trained with."""
         sample = self.samples[slot.sample]
         if sample.fixed:
             return sample.captions[0]
-        return self.captions(sample.captions, self.seed, slot.epoch, slot.position)
-
-    def picture(self, slot: Slot) -> Picture:
-        """The pixels that are trained on, uint8 [size, size, 3]."""
-        return self.transform(slot)(pictures.load(self.samples[slot.sample].path))
-
-    def condition_picture(self, slot: Slot, picture: Picture | None) -> Picture:
-        """The condition of a sample, uint8 [size, size, 3], aligned with picture()."""
-        assert self.condition is not None
-        sample = self.samples[slot.sample]
-        if self.condition != "image":
-            return conditions.maker(self.condition)(self.picture(slot) if picture is None else picture)
-        if sample.condition is None:
-            raise UserError(f"{sample.path}: no conditioning_image, which condition: image asks for")
-        condition = pictures.load(sample.condition)
-        (wide, high), (height, width) = pictures.size(sample.path), condition.shape[:2]
-        if abs(wide * height - width * high) > max(
-            wide, high, width, height
-        ):  # a pixel's rounding is none of the user's
-            raise UserError(
-                f"{sample.condition}: {width}x{height} pixels do not fit the picture's {wide}x{high}"
-            )
-        return self.transform(slot)(condition)
+        rule = dict(self.of_source).get(sample.source, self.captions)
+        return rule(sample.captions, self.views.seed, slot.epoch, slot.position, sample.kinds)
 
     def batch(self, slots: Sequence[Slot], total: float) -> Batch:
-        """The batch of some slots; `total` is the sum of weights of the whole optimiser step."""
-        cached = self.latents.store is not None
-        pixels = None if cached else [self.picture(slot) for slot in slots]
+        """The batch of some slots of one bucket; `total`: the sum of weights of the whole optimiser step."""
+        views, cached = self.views, self.latents.store is not None
+        # A picture is decoded once for all that is made of it, and not at all where nothing is.
+        seen = [views.seen(slot) for slot in slots] if self._decodes(cached) else [None] * len(slots)
+        pixels = [views.picture(*both) for both in zip(slots, seen, strict=True)] if not cached else None
         condition = None
-        if self.condition is not None:
-            made = [
-                self.condition_picture(s, None if pixels is None else pixels[i]) for i, s in enumerate(slots)
-            ]
-            condition = torch.from_numpy(np.stack([pictures.to_unit(p) for p in made]))
+        if views.condition is not None:
+            made = [self._condition(i, slot, seen[i], pixels) for i, slot in enumerate(slots)]
+            condition = torch.from_numpy(np.stack(made))
         captions = tuple(self.caption(slot) for slot in slots)
-        side = self.size // self.latents.factor
-        shape = (self.latents.channels, side, side)
+        height, width = views.shape(slots[0])
+        shape = (self.latents.channels, height // self.latents.factor, width // self.latents.factor)
         noise = self._noise(shape, slots)
         return Batch(
-            names=tuple(str(self.samples[s.sample].path) for s in slots),
+            names=tuple(self.samples[s.sample].picture.name for s in slots),
             captions=captions,
             weight=torch.tensor([s.weight for s in slots], dtype=torch.float32),
             total=total,
@@ -143,47 +152,63 @@ class Feed:
             tokens=self._tokens(captions),
             text=self._text(captions),
             condition=condition,
-            sizes=self._sizes(slots) if self.sizes else None,
+            sizes=None if self.told is None else self._sizes(slots, self.told),
             hole=self._holes(slots) if self.holes else None,
             input_noise=self._input_noise(noise, slots),
+            mask=None if views.masks is None else self._masks(slots, seen),
         )
+
+    def _decodes(self, cached: bool) -> bool:
+        made = self.views.condition is not None and self.views.condition.kind != conditions.GIVEN
+        return not cached or made or bool(self.views.of_source) or self.views.masks is not None
+
+    def _condition(
+        self, number: int, slot: Slot, seen: Seen | None, pixels: Sequence[Picture] | None
+    ) -> npt.NDArray[np.float32]:
+        given = self.views.condition_of(slot).kind == conditions.GIVEN
+        picture = None if given else pixels[number] if pixels is not None else self.views.picture(slot, seen)
+        return conditions.values(self.views.condition_picture(slot, picture))
 
     def _u(self, slot: Slot) -> float:
         if self.u is not None:
             return self.u(slot)
-        return self.draws.u(self.seed, slot.epoch, slot.position)
+        return self.draws.u(self.views.seed, slot.epoch, slot.position)
 
     def _noise(self, shape: tuple[int, int, int], slots: Sequence[Slot]) -> torch.Tensor:
-        drawn = [self.draws.noise(shape, self.seed, s.epoch, s.position) for s in slots]
+        drawn = [self.draws.noise(shape, self.views.seed, s.epoch, s.position) for s in slots]
         return torch.from_numpy(np.stack(drawn))
 
     def _input_noise(self, noise: torch.Tensor, slots: Sequence[Slot]) -> torch.Tensor | None:
         if not self.draws.input_perturbation:
             return None
         of = zip(noise.numpy(), slots, strict=True)
-        drawn = [self.draws.input_noise(one, self.seed, s.epoch, s.position) for one, s in of]
+        drawn = [self.draws.input_noise(one, self.views.seed, s.epoch, s.position) for one, s in of]
         return torch.from_numpy(np.stack(drawn))
 
-    def _sizes(self, slots: Sequence[Slot]) -> torch.Tensor:
+    def _sizes(self, slots: Sequence[Slot], sizes: npt.NDArray[np.int64]) -> torch.Tensor:
         """Of each sample height and width of its file, top and left of the crop, height and width [B, 6]."""
-        told = []
-        for slot in slots:
-            wide, high = pictures.size(self.samples[slot.sample].path)
-            told.append([high, wide, *self.transform(slot).seen(high, wide), self.size, self.size])
+        told = [self.views.transform(slot).told(*sizes[slot.sample].tolist()) for slot in slots]
         return torch.tensor(told, dtype=torch.float32)
 
     def _holes(self, slots: Sequence[Slot]) -> torch.Tensor:
-        drawn = [holes.draw(self.size, self.seed, s.epoch, s.position) for s in slots]
+        drawn = [holes.draw(self.views.shape(s), self.views.seed, s.epoch, s.position) for s in slots]
         return torch.from_numpy(np.stack(drawn))
 
+    def _masks(self, slots: Sequence[Slot], seen: Sequence[Seen | None]) -> torch.Tensor:
+        factor = self.latents.factor
+        made = [self.views.weights(slot, factor, one) for slot, one in zip(slots, seen, strict=True)]
+        return torch.from_numpy(np.stack(made))
+
     def _normal(self, shape: tuple[int, ...], slots: Sequence[Slot], purpose: str) -> torch.Tensor:
-        drawn = [counted.normal(shape, self.seed, s.epoch, s.position, purpose) for s in slots]
+        drawn = [counted.normal(shape, self.views.seed, s.epoch, s.position, purpose) for s in slots]
         return torch.from_numpy(np.stack(drawn))
 
     def _moments(self, slots: Sequence[Slot]) -> Moments:
-        assert self.latents.store is not None
-        names = [self.latents.names[s.sample][self.transform(s).flip] for s in slots]
-        both = torch.stack([self.latents.store.read(name) for name in names])
+        store, views = self.latents.store, self.views
+        assert store is not None
+        both = torch.stack(
+            [store.read(self.latents.name(s.sample, views.shape(s), views.transform(s).flip)) for s in slots]
+        )
         mean, std = both.chunk(2, dim=1)
         return Moments(mean, std)
 

@@ -1,4 +1,4 @@
-"""Pictures from bytes as RGB of 8 bits, and the geometric transform that a picture and its condition share.
+"""Pictures from bytes as RGB of 8 bits.
 
 The content decides what a file is, never its name. What is changed on the way is told in notes; what cannot
 be read is one UserError that names the picture and the reason. Not readable, because their values have no
@@ -47,47 +47,6 @@ LIMIT_KEY = "data.max_pixels"
 Image.MAX_IMAGE_PIXELS = None
 
 TIFF_BITS = 258  # the tag BitsPerSample
-
-
-@dataclass(frozen=True)
-class Transform:
-    """Resize the shorter side to `size`, crop a square of `size`, mirror.
-
-    Attributes:
-        size: pixels of the square.
-        across, down: where the crop lies, 0..1 of the room there is; 0.5 is the centre.
-        flip: mirrored left to right, after the crop.
-    """
-
-    size: int
-    across: float = 0.5
-    down: float = 0.5
-    flip: bool = False
-
-    def place(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Where a picture of [H, W] is cropped, before it is mirrored.
-
-        Returns:
-            Its height and width after resizing, and the crop's top and left in that.
-        """
-        if min(height, width) != self.size:
-            scale = self.size / min(height, width)
-            height, width = max(self.size, round(height * scale)), max(self.size, round(width * scale))
-        top, left = round((height - self.size) * self.down), round((width - self.size) * self.across)
-        return height, width, top, left
-
-    def seen(self, height: int, width: int) -> tuple[int, int]:
-        """Top and left of the crop as the mirrored picture shows it, from the picture's [H, W]."""
-        _, wide, top, left = self.place(height, width)
-        return top, wide - self.size - left if self.flip else left
-
-    def __call__(self, picture: Picture) -> Picture:
-        """uint8 [H, W, 3] -> uint8 [size, size, 3]; antialiased (Lanczos)."""
-        height, width, top, left = self.place(*picture.shape[:2])
-        if picture.shape[:2] != (height, width):
-            picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
-        square = picture[top : top + self.size, left : left + self.size]
-        return np.ascontiguousarray(square[:, ::-1] if self.flip else square)
 
 
 @dataclass(frozen=True)

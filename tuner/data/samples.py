@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tuner.data.blob import Blob
+from tuner.data.captions import CaptionRule
 from tuner.errors import UserError
 
 SHOWN = 20
@@ -27,6 +28,7 @@ class Sample(NamedTuple):
         fixed: its one caption is taken as it is: without template, prefix, dropping.
         weight: of this sample in the loss, at least 0; the source's is multiplied in.
         source: which of the recipe's sources it is from, counted from 0.
+        kinds: of what kind each caption is, such as long or short; empty where that is not known.
     """
 
     picture: Blob
@@ -37,6 +39,11 @@ class Sample(NamedTuple):
     fixed: bool = False
     weight: float = 1.0
     source: int = 0
+    kinds: tuple[str, ...] = ()
+
+    def every(self, rule: CaptionRule) -> set[str] | None:
+        """Everything that may be its caption; None where that is too much to list."""
+        return set(self.captions) if self.fixed else rule.every(self.captions, self.kinds)
 
 
 class Samples(Sequence[Sample], ABC):
@@ -112,6 +119,45 @@ class Joined(Sequence[Sample]):
             raise IndexError(f"sample {index} of {len(self)}")
         which = int(np.searchsorted(self._ends, at, side="right"))
         return self.parts[which][at - (int(self._ends[which - 1]) if which else 0)]
+
+
+class Chosen(Sequence[Sample]):
+    """Some of many samples."""
+
+    def __init__(self, samples: Sequence[Sample], kept: Sequence[int]) -> None:
+        self._samples, self._kept = samples, np.asarray(kept, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @overload
+    def __getitem__(self, number: int) -> Sample: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, number: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(number, slice):
+            return Chosen(self._samples, self._kept[number].tolist())
+        return self._samples[int(self._kept[number])]
+
+
+class Behind(Sequence[Sample]):
+    """Samples, and others behind them."""
+
+    def __init__(self, first: Sequence[Sample], second: Sequence[Sample]) -> None:
+        self._first, self._second = first, second
+
+    def __len__(self) -> int:
+        return len(self._first) + len(self._second)
+
+    @overload
+    def __getitem__(self, number: int) -> Sample: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, number: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        behind = number - len(self._first)
+        return self._first[number] if behind < 0 else self._second[behind]
 
 
 def check(problems: Iterable[str]) -> None:

@@ -41,7 +41,7 @@ def measure(look: Look) -> dict[str, Values]:
 
     Floor: the base alone, from the same noise. Ceiling: the original through the autoencoder.
     """
-    if look.heldout.condition != "canny":
+    if look.heldout.condition is None or look.heldout.condition.kind != "canny":
         return {}
     originals = look.originals()
     edges = [

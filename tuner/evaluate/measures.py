@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from tuner.data.loader import Feed
 from tuner.data.plan import Slot
-from tuner.data.sources import Sample
+from tuner.data.samples import Sample
 from tuner.evaluate.captions import Named
 from tuner.evaluate.compare import score
 from tuner.evaluate.judge import read

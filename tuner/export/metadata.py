@@ -31,6 +31,7 @@ _SUFFIXES: Mapping[Kind, str] = {
 }
 _EXPLICIT = re.compile(r"/|[A-Za-z]:/|\.{1,2}(/|$)|~[^/]*(/|$)")
 _EXTRA = (
+    "condition",
     "family",
     "resolution",
     "prediction_type",
@@ -90,6 +91,7 @@ def build(
     "sd2", "sdxl"), `resolution` (pixels, one number or (width, height)), `prediction_type` ("epsilon",
     "v_prediction"), `trigger_phrase` and `licence` (texts), `clip_skip` (which layer of the text encoder is
     read, 1 the last), `start` (the recipe's keys of the files that training began from -> their digests),
+    `condition` (a ControlNet's, with its parameters),
     `inpainting` (whether the base is shown a hole), `zero_terminal_snr` (whether the last timestep has no
     signal; modelspec has no key for it), and for a LoRA `rank` and `alpha`, as the file's tensors have them,
     `algorithm` (lora, dora, loha, lokr) and `tag_frequency` (captions' tags -> how often; tells of the data).
@@ -117,6 +119,8 @@ def build(
     }
     if extra.get("start"):
         keys["tuner.start"] = _json(extra["start"])
+    if extra.get("condition"):
+        keys["tuner.condition"] = _json(extra["condition"])
     keys |= _modelspec(extra)
     if kind == "lora":
         keys |= _kohya(name, labels, extra)

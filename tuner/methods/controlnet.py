@@ -15,7 +15,7 @@ from tuner import components
 from tuner.adapters import controlnets, factors
 from tuner.batch import Batch
 from tuner.block import Block, Conflict
-from tuner.data import conditions
+from tuner.data.conditions import Condition, parameters
 from tuner.errors import UserError
 from tuner.export import cldm, control_lora
 from tuner.export.component import save_component
@@ -39,9 +39,7 @@ class Config(Block):
 
     short: ClassVar[str | None] = "condition"
 
-    condition: str = Field(
-        "canny", description="kind of the condition picture: canny, or image for given ones"
-    )
+    condition: Condition = Field(Condition(kind="canny"), description="the condition pictures")
     conditioning_channels: int = Field(
         3, description="channels of the condition that the branch sees: 3, or 1 (grey)"
     )
@@ -68,14 +66,6 @@ class Config(Block):
     decoder_learning_rate: float | None = Field(
         None, gt=0, description="of the base's decoder; train.learning_rate if absent"
     )
-
-    @field_validator("condition")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        known = (*conditions.kinds(), "image")
-        if value not in known:
-            raise ValueError(f"expected one of {', '.join(known)}, found {value}")
-        return value
 
     @field_validator("conditioning_channels")
     @classmethod
@@ -154,15 +144,18 @@ class ControlNet(Method):
         self.decoder.requires_grad_(True)
         self._locked = {name: t.detach().cpu().clone() for name, t in self.decoder.state_dict().items()}
 
+    def labels(self) -> dict[str, Any]:
+        return {"condition": parameters(self.config.condition)}
+
     @property
-    def condition(self) -> str | None:
+    def condition(self) -> Condition | None:
         return self.config.condition
 
     def look(self, picture: Tensor) -> Tensor:
         if self.config.conditioning_channels == 3:
             return picture
         shares = torch.tensor(LUMA, dtype=picture.dtype, device=picture.device)
-        return (picture * shares[:, None, None]).sum(dim=1, keepdim=True).clamp(0.0, 1.0)
+        return (picture * shares[:, None, None]).sum(dim=1, keepdim=True).clamp(-1.0, 1.0)
 
     def predict(self, family: Family, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch) -> Tensor:
         if self._off:
