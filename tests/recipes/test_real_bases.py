@@ -181,7 +181,7 @@ def counted(name: str) -> tuple[float, float, float]:
     area = side**2
     vae = 4.0 * VAE
     # The autoencoder is widest at the picture's own size: 128 channels when it reads, 256 when it draws.
-    reads = LAYERS * 128 * 4.0 * area * pictures_at_once(side)
+    reads = LAYERS * 128 * 4.0 * area * pictures_at_once(side, side)
     drawn = recipe.preview.count
     prior = getattr(recipe.method.get("full"), "prior", None)
     if prior is not None and prior.source is None:
@@ -335,8 +335,8 @@ def tiny(name: str, base: Path, data: Path, output: Path) -> tuple[list[str], se
     return [f"{key}={value}" for key, value in {**values, **gone}.items()], set(gone)
 
 
-SMALLER = ["sd15/lora_6gb", "sd21/lora_8gb", "sdxl/lora_8gb"]  # for a smaller card, one a family
-FAST = [name for name in NAMES if not name.endswith("gb") or name in SMALLER]
+ALSO = ["sd15/lora_6gb", "sd21/lora_8gb", "sdxl/lora_8gb"]  # for a smaller card, one a family
+FAST = [name for name in NAMES if not name.endswith("gb") or name in ALSO]
 GPU_ONLY = {  # what was replaced, which only a GPU has
     "sd15/controlnet_8gb": {"base.quantise", "train.optimiser.name"},
     "sd15/dreambooth_16gb": {"train.optimiser.name"},
@@ -387,7 +387,7 @@ def test_large_pictures_are_encoded_one_at_a_time(
     from tuner.cli import main
     from tuner.stable_diffusion import StableDiffusion
 
-    assert [pictures_at_once(side) for side in (64, 128, 256, 512, 1024)] == [16, 16, 4, 1, 1]
+    assert [pictures_at_once(side, side) for side in (64, 128, 256, 512, 1024)] == [16, 16, 4, 1, 1]
     sizes: list[int] = []
     encode = StableDiffusion.encode_images
 

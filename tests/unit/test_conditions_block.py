@@ -12,7 +12,9 @@ from pydantic import Field
 
 from tuner import explain, yaml_source
 from tuner.block import Block, expand
+from tuner.data import conditions
 from tuner.data.conditions import GIVEN, Condition, kinds, parameters
+from tuner.data.conditions._seam import Amount
 
 
 class Root(Block):
@@ -191,3 +193,14 @@ def test_parameters_for_the_metadata(tmp_path: Path) -> None:
     ]
     for tree, told in wanted:
         assert parameters(Condition.model_validate(tree)) == told
+
+
+def test_amounts_are_written_as_they_are_read_again() -> None:
+    """A default of 100 would be 100 in a run's recipe and 100.0 in the same recipe loaded again."""
+    amounts = 0
+    for kind in kinds():
+        for key, field in conditions._config(kind).model_fields.items():
+            if field.annotation == Amount:
+                assert isinstance(field.default, float), (kind, key)
+                amounts += 1
+    assert amounts >= 10

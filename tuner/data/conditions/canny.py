@@ -17,8 +17,8 @@ LOW, HIGH = 100, 200
 class Config(Kind):
     """The two thresholds on the gradient, in the units of cv2.Canny."""
 
-    low: Amount = Field(LOW, description="edges go on above this gradient; [a, b]: drawn from there")
-    high: Amount = Field(HIGH, description="edges begin above this gradient; [a, b]: drawn from there")
+    low: Amount = Field(float(LOW), description="edges go on above this gradient; [a, b]: drawn from there")
+    high: Amount = Field(float(HIGH), description="edges begin above this gradient; [a, b]: drawn from there")
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()

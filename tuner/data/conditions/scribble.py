@@ -19,8 +19,8 @@ class Config(Kind):
     sigma: Amount = Field(
         2.0, description="deviation of the smoothing, in pixels; [a, b]: drawn from there for each sample"
     )
-    low: Amount = Field(40, description="edges go on above this gradient; [a, b]: drawn from there")
-    high: Amount = Field(100, description="edges begin above this gradient; [a, b]: drawn from there")
+    low: Amount = Field(40.0, description="edges go on above this gradient; [a, b]: drawn from there")
+    high: Amount = Field(100.0, description="edges begin above this gradient; [a, b]: drawn from there")
     width: Amount = Field(3.0, description="of a stroke, in pixels; [a, b]: drawn from there")
 
     def conflicts(self) -> Iterator[Conflict]:
