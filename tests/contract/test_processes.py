@@ -23,12 +23,15 @@ METHODS = {
     "lora": "lora: {rank: 4, text_encoder: true}",
     "words": "textual_inversion: {norm: kept, tokens: [{token: <new>, init: red, vectors: 2, replace: toy}, "
     "{token: <by>, init: random, replace: in}]}",
+    "words_sd2": "textual_inversion: {token: <new>, init: red, replace: toy}",
+    "words_sdxl": "textual_inversion: {token: <new>, init: red, replace: toy}",
     "pivotal": "lora: {rank: 4, text_encoder: true}\n  "
     "textual_inversion: {token: <new>, init: red, replace: toy, learning_rate: 0.2}",
     "unlocked": "controlnet: {condition: canny, unlock_decoder_at: 1}",
     "low_rank": "controlnet: {condition: canny, rank: 4}",
     "dreambooth": "full: {text_encoder: true, prior: {prompt: a toy, count: 3, steps: 1}}",
 }
+BASES = {"words_sd2": "sd2", "words_sdxl": "sdxl"}  # of the others sd1
 RATES = {"dreambooth": 0.02, "unlocked": 0.02}  # of the others 0.5
 # Three steps of batches of 4 of 6 pictures: the second is an epoch's last, half of it of weight 0, so that
 # one of two processes has nothing but filled places.
@@ -56,7 +59,7 @@ output: {output}
 """
 
 
-def written(folder: Path, accumulate: int, base: Path, data: Path) -> list[Path]:
+def written(folder: Path, accumulate: int, bases: dict[str, Path], data: Path) -> list[Path]:
     """A recipe for each method."""
     folder.mkdir()
     places = []
@@ -65,7 +68,7 @@ def written(folder: Path, accumulate: int, base: Path, data: Path) -> list[Path]
         # Every run has its own cache: each encodes for itself.
         more = {"cache": folder / "cache", "output": folder / name, "accumulate": accumulate}
         more |= {"rate": RATES.get(name, 0.5)}
-        place.write_text(RECIPE.format(base=base, method=method, data=data, **more))
+        place.write_text(RECIPE.format(base=bases[BASES.get(name, "sd1")], method=method, data=data, **more))
         places.append(place)
     return places
 
@@ -78,7 +81,7 @@ def finished(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture(scope="module")
 def trained(
-    sd1_folder: Path, samples: list[Sample], tmp_path_factory: pytest.TempPathFactory
+    folders: dict[str, Path], samples: list[Sample], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
     """What one process and two came to, all methods in one launch each."""
     root = tmp_path_factory.mktemp("processes")
@@ -100,7 +103,7 @@ def trained(
     ]
     started = []
     for processes, start, accumulate in ((1, [sys.executable], 2), (2, launcher, 1)):
-        recipes = written(root / str(processes), accumulate, sd1_folder, data)
+        recipes = written(root / str(processes), accumulate, folders, data)
         command = [*start, str(SCRIPT), str(processes), str(root / str(processes)), *map(str, recipes)]
         started.append(
             subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
