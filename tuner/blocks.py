@@ -134,8 +134,8 @@ class Data(Block):
         if len(set(wide)) < len(wide):
             yield Conflict(("resolution",), f"found {wide}, expected different numbers")
         for number, source in enumerate(self.heldout):
-            for key in ("share", "resolution", "captions", "condition"):
-                if getattr(source, key) is not None:
+            for key in ("repeats", "weight", "share", "resolution", "captions", "condition"):
+                if getattr(source, key) != Source.model_fields[key].default:
                     yield Conflict((f"heldout.{number}.{key}",), "has no effect on held-out pictures")
         if self.alpha == "mask" and "background" in self.model_fields_set:
             yield Conflict(("background", "alpha"), "has no effect where alpha is the mask")

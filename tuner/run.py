@@ -45,6 +45,8 @@ def train(recipe: Recipe) -> int:
         resume.clear(output, state)
         write_whole(output / "recipe.yaml", recipe.resolved_yaml())
         write_whole(output / "versions.json", json.dumps(build.versions(), indent=2))
+        if run.data.left_out:
+            write_whole(output / "left_out.txt", "\n".join(run.data.left_out) + "\n")
     accelerator.wait_for_everyone()
     done_before = None if state is None else state.step
     config = recipe.resolved()

@@ -40,8 +40,8 @@ def test_a_run_with_every_operator(
             "captions are cut before the token that is to be learned",
         ),
         (
-            {"data.captions.choose": "{long: 1}"},
-            "expected a caption of kind long, found captions without kinds",
+            {"data.captions.choose": "{poem: 1}"},
+            "expected a caption of kind poem, found",
         ),
     ],
 )

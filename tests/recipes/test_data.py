@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -307,6 +308,8 @@ def test_what_cannot_be_read_is_left_out_where_allowed_before_anything_is_encode
     ("data", "method", "message"),
     [
         ("resolution: 32, heldout: [{path: P, resolution: 16}]", LORA, "heldout.0.resolution: has no effect"),
+        ("resolution: 32, heldout: [{path: P, repeats: 2}]", LORA, "heldout.0.repeats: has no effect"),
+        ("resolution: 32, heldout: [{path: P, weight: 0.5}]", LORA, "heldout.0.weight: has no effect"),
         (
             "resolution: 32, alpha: mask",
             "{autoencoder: {}}",
@@ -335,3 +338,14 @@ def test_rules_of_a_source_that_nothing_comes_of(start: Start, pictures: Path) -
         start(f"source: {{path: {pictures}, weight: 0}}, resolution: 32")
     with pytest.raises(UserError, match="0.png: no conditioning_image, which condition: image asks for"):
         start(f"source: {{path: {pictures}, condition: image}}, resolution: 32", method=CONTROLNET)
+
+
+def test_what_was_left_out_is_listed_in_the_output(tiny: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "style"
+    shutil.copytree(tiny.shapes / "style", folder)
+    (damaged,) = [place for place in folder.glob("*.png")][:1]
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    more = {"data.source": folder, "data.unreadable": 1, "preview.every": 0, "evaluate.samples": 0}
+    assert tiny.start("lora.yaml", tmp_path / "out", **more) == 0
+    (line,) = (tmp_path / "out" / "left_out.txt").read_text().splitlines()
+    assert line.startswith(f"{damaged}: this picture cannot be read")

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tuner.data import conditions, pictures
+from tuner.data import pictures
 from tuner.data.blob import File
 from tuner.data.captions import CaptionRule
 from tuner.data.conditions import Condition
@@ -139,12 +139,6 @@ def test_canny_is_computed_from_the_pixels_that_are_trained_on(tmp_path: Path) -
             assert np.array_equal(batch.condition[index, channel].numpy() * 255, expected)
         assert np.array_equal(data.condition_picture(slot, None), data.condition_picture(slot, trained))
     assert edges > 1000
-
-
-def test_kinds_of_conditions_are_found_by_file_name() -> None:
-    assert "canny" in conditions.kinds()
-    out = conditions.maker("canny")(marked(32, 24, 0.5, 0.5, 6))
-    assert out.shape == (24, 32, 3) and out.dtype == np.uint8 and out.any()
 
 
 def test_a_missing_or_misshapen_condition_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def pictures() -> list[Picture]:
 
 @pytest.fixture(scope="module")
 def edges(pictures: list[Picture]) -> list[Picture]:
-    found = [conditions.maker("canny")(picture) for picture in pictures]
+    how = conditions.Condition(kind="canny")
+    found = [conditions.make_condition(how, picture, conditions.Draw(), "x") for picture in pictures]
     assert len(found) == COUNT
     return found
 

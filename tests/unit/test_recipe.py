@@ -46,10 +46,17 @@ def test_defaults_and_short_forms(good: str, read: Loader) -> None:
     ],
 )
 def test_source_forms(good: str, read: Loader, source: str, expected: list[tuple[str, int]]) -> None:
-    text = good.replace("source: pictures", f"source: {source}\n  heldout: {source}")
-    loaded = read(text)
+    loaded = read(good.replace("source: pictures", f"source: {source}"))
     assert [(one.path, one.repeats) for one in loaded.data.source] == expected
-    assert [(one.path, one.repeats) for one in loaded.data.heldout] == expected
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [("a", ["a"]), ("[a, b]", ["a", "b"]), ("{path: a}", ["a"]), ("[a, {path: b}]", ["a", "b"])],
+)
+def test_heldout_forms(good: str, read: Loader, source: str, expected: list[str]) -> None:
+    loaded = read(good.replace("source: pictures", f"source: pictures\n  heldout: {source}"))
+    assert [one.path for one in loaded.data.heldout] == expected
 
 
 def test_yaml_1_2(good: str, read: Loader) -> None:

@@ -73,7 +73,7 @@ def test_a_listing_with_everything(tmp_path: Path) -> None:
     found = opened(tmp_path, said, weight=2.0, repeats=3)
     first = sample(one, "ein Käfer", condition=File(edges), mask=File(mask), scene=scene, weight=1.0)
     assert list(found) == [first, sample(two, "one\u2028line", "two", weight=2.0)]
-    assert found[-1] == found[1] and found[0:1] == [first] and found.repeats.tolist() == [3, 3]
+    assert found[-1] == found[1] and list(found[0:1]) == [first] and found.repeats.tolist() == [3, 3]
     assert said == [f"{tmp_path}: fields of the listing that are not used: score"]
     with pytest.raises(IndexError):
         found[2]
@@ -329,7 +329,7 @@ def test_several_sources_at_once(tmp_path: Path) -> None:
     parts = [part for part in open_specs(specs) if isinstance(part, Samples)]
     joined = Joined(parts)
     assert list(joined) == [sample(one, "x"), sample(two, "x", source=1)] and joined[-1].source == 1
-    assert joined.repeats.tolist() == [1, 2] and len(joined) == 2 and joined[1:] == [joined[1]]
+    assert joined.repeats.tolist() == [1, 2] and len(joined) == 2 and list(joined[1:]) == [joined[1]]
     one.with_suffix(".txt").unlink()
     for number in range(30):
         picture(tmp_path / "b" / f"x{number:02d}.png")

@@ -46,7 +46,27 @@ class Sample(NamedTuple):
         return set(self.captions) if self.fixed else rule.every(self.captions, self.kinds)
 
 
-class Samples(Sequence[Sample], ABC):
+class Lazy(Sequence[Sample], ABC):
+    """A sequence whose samples are made when they are asked for."""
+
+    @abstractmethod
+    def at(self, row: int) -> Sample:
+        """The sample of a row, 0 <= row < N."""
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
+    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
+        if isinstance(index, slice):
+            return Chosen(self, range(*index.indices(len(self))))
+        row = index + len(self) if index < 0 else index
+        if not 0 <= row < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.at(row)
+
+
+class Samples(Lazy):
     """Many samples, each made when it is asked for; in memory they are a table, not Python objects.
 
     Attributes:
@@ -77,21 +97,19 @@ class Samples(Sequence[Sample], ABC):
     def __len__(self) -> int:
         return len(self.repeats)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = index + len(self) if index < 0 else index
-        if not 0 <= at < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        one = self.one(at)
-        return one._replace(weight=one.weight * self.weight, source=self.source)
+    def at(self, row: int) -> Sample:
+        """The sample of a row, with the source's number and weight."""
+        one = self.one(row)
+        return one._replace(weight=one.weight * self.weight, source=self.source, kinds=_kinds(one))
 
 
-class Joined(Sequence[Sample]):
+def _kinds(sample: Sample) -> tuple[str, ...]:
+    """What the shapes world's record says of its captions: long, short, alt and others."""
+    told = (sample.scene or {}).get("captions", [])
+    return tuple(one["form"] for one in told) if len(told) == len(sample.captions) else ()
+
+
+class Joined(Lazy):
     """The samples of several sources, one after the other.
 
     Attributes:
@@ -107,21 +125,13 @@ class Joined(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self.repeats)
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        at = index + len(self) if index < 0 else index
-        if not 0 <= at < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        which = int(np.searchsorted(self._ends, at, side="right"))
-        return self.parts[which][at - (int(self._ends[which - 1]) if which else 0)]
+    def at(self, row: int) -> Sample:
+        """The sample of a row, of the source that it is in."""
+        which = int(np.searchsorted(self._ends, row, side="right"))
+        return self.parts[which][row - (int(self._ends[which - 1]) if which else 0)]
 
 
-class Chosen(Sequence[Sample]):
+class Chosen(Lazy):
     """Some of many samples."""
 
     def __init__(self, samples: Sequence[Sample], kept: Sequence[int]) -> None:
@@ -130,17 +140,12 @@ class Chosen(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    @overload
-    def __getitem__(self, number: int) -> Sample: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, number: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(number, slice):
-            return Chosen(self._samples, self._kept[number].tolist())
-        return self._samples[int(self._kept[number])]
+    def at(self, row: int) -> Sample:
+        """The sample that was chosen for a row."""
+        return self._samples[int(self._kept[row])]
 
 
-class Behind(Sequence[Sample]):
+class Behind(Lazy):
     """Samples, and others behind them."""
 
     def __init__(self, first: Sequence[Sample], second: Sequence[Sample]) -> None:
@@ -149,15 +154,10 @@ class Behind(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._first) + len(self._second)
 
-    @overload
-    def __getitem__(self, number: int) -> Sample: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Sample]: ...
-    def __getitem__(self, number: int | slice) -> Sample | Sequence[Sample]:
-        if isinstance(number, slice):
-            return [self[i] for i in range(*number.indices(len(self)))]
-        behind = number - len(self._first)
-        return self._first[number] if behind < 0 else self._second[behind]
+    def at(self, row: int) -> Sample:
+        """One of the first, or behind them of the second."""
+        behind = row - len(self._first)
+        return self._first[row] if behind < 0 else self._second[behind]
 
 
 def check(problems: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast
 
 import cv2
@@ -32,7 +32,6 @@ __all__ = [
     "Picture",
     "kinds",
     "make_condition",
-    "maker",
     "parameters",
     "values",
 ]
@@ -47,18 +46,6 @@ def kinds() -> tuple[str, ...]:
     """The names of the kinds that can be computed."""
     names = (module.name for module in pkgutil.iter_modules(__path__))
     return tuple(sorted(name for name in names if not name.startswith("_")))
-
-
-def maker(kind: str) -> Callable[[Picture], Picture]:
-    """The function of a kind with its own parameters; `kind` is one of kinds().
-
-    Raises:
-        UserError: it has none of its own.
-    """
-    if needs := [name for name, field in _config(kind).model_fields.items() if field.is_required()]:
-        raise UserError(f"condition {kind}: needs {' and '.join(needs)}")
-    make: Callable[[Picture], Picture] = importlib.import_module(f"{__name__}.{kind}").make
-    return make
 
 
 def _config(kind: str) -> type[Kind]:

@@ -17,7 +17,6 @@ class Config(Kind):
     )
 
 
-def make(picture: Picture, config: Config | None = None, draw: Draw | None = None) -> Picture:
+def make(picture: Picture, config: Config, draw: Draw) -> Picture:
     """uint8 RGB [H, W, 3] -> the same under a Gaussian of `sigma` pixels, mirrored at the borders."""
-    config, draw = config or Config(), draw or Draw()
     return np.asarray(cv2.GaussianBlur(picture, (0, 0), draw.number(config.sigma, "sigma")), np.uint8)

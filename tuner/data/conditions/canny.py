@@ -33,8 +33,7 @@ def crossed(low: float | tuple[float, float], high: float | tuple[float, float])
         yield Conflict(("low", "high"), message)
 
 
-def make(picture: Picture, config: Config | None = None, draw: Draw | None = None) -> Picture:
+def make(picture: Picture, config: Config, draw: Draw) -> Picture:
     """uint8 RGB [H, W, 3] -> uint8 [H, W, 3], 255 on edges; J. Canny, IEEE PAMI 8(6), 1986, by OpenCV."""
-    config, draw = config or Config(), draw or Draw()
     edges = cv2.Canny(picture, draw.number(config.low, "low"), draw.number(config.high, "high"))
     return three(np.asarray(edges, np.uint8))

@@ -17,7 +17,7 @@ class Config(Kind):
     )
 
 
-def make(picture: Picture, config: Config | None = None, draw: Draw | None = None) -> Picture:
+def make(picture: Picture, config: Config, draw: Draw) -> Picture:
     """uint8 RGB [H, W, 3] -> the same size, in whole cells of about `cell` pixels, each of one colour.
 
     A cell has the mean of its area. (T2I-Adapter's own tool takes a bicubic sample of some of its pixels.)
@@ -25,7 +25,6 @@ def make(picture: Picture, config: Config | None = None, draw: Draw | None = Non
     Raises:
         ValueError: a side is shorter than a cell.
     """
-    config, draw = config or Config(), draw or Draw()
     cell = draw.number(config.cell, "cell")
     height, width = picture.shape[:2]
     if min(height, width) < cell:

@@ -12,6 +12,6 @@ class Config(Kind):
     """There is nothing to choose."""
 
 
-def make(picture: Picture, config: Config | None = None, draw: Draw | None = None) -> Picture:
+def make(picture: Picture, config: Config, draw: Draw) -> Picture:
     """uint8 RGB [H, W, 3] -> uint8 [H, W, 3], all channels 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601)."""
     return three(np.asarray(Image.fromarray(picture).convert("L")))

@@ -28,9 +28,8 @@ class Config(Kind):
         return {"boxes": "everything is 1"} if self.everything == 1 else {}
 
 
-def make(picture: Picture, config: Config | None = None, draw: Draw | None = None) -> Picture:
+def make(picture: Picture, config: Config, draw: Draw) -> Picture:
     """uint8 RGB [H, W, 3] -> uint8 [H, W, 4] with a hole of brush strokes or boxes, drawn at random."""
-    config, draw = config or Config(), draw or Draw()
     height, width = picture.shape[:2]
     hole = holes.some(height, width, draw.generator("hole"), config.everything, config.boxes)
     return with_hole(picture, hole)

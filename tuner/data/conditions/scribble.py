@@ -28,12 +28,11 @@ class Config(Kind):
         yield from crossed(self.low, self.high)
 
 
-def make(picture: Picture, config: Config | None = None, draw: Draw | None = None) -> Picture:
+def make(picture: Picture, config: Config, draw: Draw) -> Picture:
     """uint8 RGB [H, W, 3] -> uint8 [H, W, 3], 255 on strokes.
 
     The smoothed picture's Canny edges, which are one pixel thin, dilated by a disc of `width` pixels.
     """
-    config, draw = config or Config(), draw or Draw()
     smooth = cv2.GaussianBlur(picture, (0, 0), draw.number(config.sigma, "sigma"))
     thin = cv2.Canny(smooth, draw.number(config.low, "low"), draw.number(config.high, "high"))
     width = max(1, round(draw.number(config.width, "width")))

@@ -22,7 +22,7 @@ class Config(Kind):
     )
 
 
-def make(picture: Picture, config: Config | None = None, draw: Draw | None = None) -> Picture:
+def make(picture: Picture, config: Config, draw: Draw) -> Picture:
     """uint8 RGB [H, W, 3] -> uint8 [H, W, 3], brighter on stronger edges.
 
     255 * min(1, sqrt(2 pi) * sigma * m / 255) ** gamma, where m is the greatest length of the gradient (by
@@ -30,7 +30,6 @@ def make(picture: Picture, config: Config | None = None, draw: Draw | None = Non
     straight edge between 0 and 255 comes to 1 on its ridge, whatever sigma is: the Gaussian's peak is
     1 / (sqrt(2 pi) * sigma). The scale does not depend on the picture.
     """
-    config, draw = config or Config(), draw or Draw()
     sigma = draw.number(config.sigma, "sigma")
     smooth = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), sigma)
     across = cv2.Sobel(smooth, cv2.CV_32F, 1, 0, ksize=1, scale=0.5)

@@ -21,13 +21,12 @@ class Config(Kind):
     )
 
 
-def make(picture: Picture, config: Config | None = None, draw: Draw | None = None) -> Picture:
+def make(picture: Picture, config: Config, draw: Draw) -> Picture:
     """uint8 RGB [H, W, 3] -> the same size, reduced by `factor` (means of areas) and enlarged (bicubic).
 
     Raises:
         ValueError: nothing is left of a side.
     """
-    config, draw = config or Config(), draw or Draw()
     factor = draw.number(config.factor, "factor")
     height, width = picture.shape[:2]
     if min(height, width) < factor:
