@@ -207,8 +207,7 @@ def test_the_table_of_recipes_names_every_one() -> None:
     named = re.findall(r"\]\(([\w/]+\.yaml)\)", table)
     assert len(shipped) == 39 and sorted(named) == sorted(shipped)
     row = re.compile(r"^\| \[[^\]]+\]\(([\w/]+)\.yaml\) \|.*\| (\d+\.\d) GiB, (\d+) GB \|$", re.MULTILINE)
-    rows = row.findall(table)
-    stated = {name: (float(need), int(card)) for name, need, card in rows}
+    stated = {name: (float(need), int(card)) for name, need, card in row.findall(table)}
     assert stated == {name: (needs(name)[0], int(needs(name)[4])) for name in NAMES}
 
 
