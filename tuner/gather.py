@@ -12,7 +12,7 @@ import numpy.typing as npt
 from accelerate import Accelerator
 
 from tuner import blocks, prior
-from tuner.data import assemble, buckets, caption_check, pictures
+from tuner.data import assemble, buckets, caption_check, encode, pictures
 from tuner.data.assemble import Opened, Wanted
 from tuner.data.buckets import Assigned, Buckets
 from tuner.data.cache import default_folder
@@ -131,9 +131,9 @@ def gather(recipe: Recipe, task: Task, asked: Wanted, accelerator: Accelerator) 
         recipe.train.accumulate * accelerator.num_processes,
     )
     _tell(opened, plan)
-    for what, why in assemble.uncached(asked, task.family).items():
+    for what, why in encode.uncached(asked, task.family).items():
         say(f"{what} are encoded in each step, not cached: {why}")
-    feed = assemble.feed(opened, asked, task.family)
+    feed = encode.feed(opened, asked, task.family)
     return Gathered(feed, plan, opened.digest())
 
 
@@ -149,7 +149,7 @@ def heldout(recipe: Recipe, task: Task, asked: Wanted, accelerator: Accelerator)
     memory = Memory(cache(recipe) or default_folder())
     plain = asked.plain()
     opened = assemble.open_sources(recipe.data.heldout, plain, memory, accelerator.is_main_process, looked)
-    return assemble.feed(opened, plain, task.family)
+    return encode.feed(opened, plain, task.family)
 
 
 def _with_masks(recipe: Recipe, task: Task, opened: Opened, asked: Wanted) -> Wanted:

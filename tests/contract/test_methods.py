@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tuner.families
 import tuner.methods
-from tuner.data import assemble
+from tuner.data import assemble, encode
 from tuner.data.index import Memory
 from tuner.data.loader import Division, stream
 from tuner.data.plan import Plan, Slot
@@ -252,7 +252,7 @@ def test_a_cached_step_is_the_same_step(bench: Bench, tmp_path: Path) -> None:
     losses = []
     for about in (wanted, replace(wanted, cache=None)):
         opened = assemble.look_at(feed.samples, np.ones(6), about, memory)
-        made = assemble.feed(opened, about, bench.family)
+        made = encode.feed(opened, about, bench.family)
         cached = about.cache is not None
         stays = method.CACHES_LATENTS and not bench.family.inpainting
         assert (made.latents.store is not None) == (cached and stays)

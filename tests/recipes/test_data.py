@@ -17,7 +17,7 @@ from PIL import Image
 
 from tuner import build, cli, device, loop, recipe
 from tuner.batch import Batch
-from tuner.data import assemble
+from tuner.data import encode
 from tuner.data.loader import stream
 from tuner.data.plan import Slot
 from tuner.errors import UserError
@@ -278,13 +278,13 @@ def test_what_cannot_be_read_is_left_out_where_allowed_before_anything_is_encode
         whole = (pictures / name).read_bytes()
         (pictures / name).write_bytes(whole[: len(whole) * 2 // 3])
     encoded: list[int] = []
-    real = assemble._cache_latents
+    real = encode._cache_latents
 
     def counting(opened: Any, *more: Any) -> Any:
         encoded.append(len(opened.samples))
         return real(opened, *more)
 
-    monkeypatch.setattr(assemble, "_cache_latents", counting)
+    monkeypatch.setattr(encode, "_cache_latents", counting)
     data = f"source: {pictures}, resolution: 32"
     with pytest.raises(UserError) as caught:
         start(data)

@@ -18,7 +18,7 @@ from torch import nn
 
 from tuner import optimiser
 from tuner.adapters import targets
-from tuner.data.assemble import pictures_at_once
+from tuner.data.encode import pictures_at_once
 from tuner.export import places
 from tuner.export.files import load as load_tensors
 from tuner.log import read

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tuner import base
-from tuner.data import assemble, cache
+from tuner.data import assemble, cache, encode
 from tuner.data.blob import File
 from tuner.data.cache import Hashes, Store, key
 from tuner.data.captions import CaptionRule
@@ -159,7 +159,7 @@ def made(samples: list[Sample], about: assemble.Wanted, family: Family) -> Feed:
     with TemporaryDirectory() as folder:
         alone = replace(about, share=Share())
         opened = assemble.look_at(samples, np.ones(len(samples)), alone, Memory(Path(folder)))
-    return assemble.feed(opened, about, family)
+    return encode.feed(opened, about, family)
 
 
 def slots(feed: Feed) -> list[Slot]:
@@ -295,7 +295,7 @@ def test_nothing_is_cached_where_it_is_not_valid(
 def test_many_captions_are_encoded_in_each_step(
     family: Family, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(assemble, "TEXT_LIMIT", 1000)
+    monkeypatch.setattr(encode, "TEXT_LIMIT", 1000)
     feed = made(samples, wanted(tmp_path), family)
     assert feed.texts.store is None
     assert feed.batch(slots(feed), 15.0).tokens is not None

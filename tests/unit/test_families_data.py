@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tuner import base
-from tuner.data import assemble, holes
+from tuner.data import assemble, encode, holes
 from tuner.data.blob import File
 from tuner.data.cache import Hashes
 from tuner.data.captions import CaptionRule
@@ -105,7 +105,7 @@ def test_cached_texts_are_those_of_the_layer_and_the_windows(
         )
         wanted = assemble.Wanted(32, 0, "center", False, rule, None, tmp_path / "cache", True, True)
         opened = assemble.look_at([sample], np.ones(1), wanted, Memory(tmp_path / "memory"))
-        feed = assemble.feed(opened, wanted, family)
+        feed = encode.feed(opened, wanted, family)
         batch = feed.batch([Slot(0, 0, 0, 1.0)], 1.0)
         assert feed.texts.store is not None and batch.text is not None and batch.tokens is None
         with torch.no_grad():

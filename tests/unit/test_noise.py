@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tuner import counted, gather, recipe
 from tuner.batch import Batch
-from tuner.data import assemble
+from tuner.data import assemble, encode
 from tuner.data.blob import File
 from tuner.data.captions import CaptionRule
 from tuner.data.index import Memory
@@ -270,5 +270,5 @@ def test_the_recipes_choice_reaches_the_feed_and_not_the_validation(tmp_path: Pa
     task: Any = SimpleNamespace(family=family, each=lambda: [method])
     wanted = gather.wanted(recipe.load(place), task, accelerator)
     opened = assemble.look_at([], np.zeros(0), wanted, Memory(tmp_path / "memory"))
-    assert assemble.feed(opened, wanted, family).draws == EVERYTHING
-    assert assemble.feed(opened, wanted.plain(), family).draws == Draws()
+    assert encode.feed(opened, wanted, family).draws == EVERYTHING
+    assert encode.feed(opened, wanted.plain(), family).draws == Draws()
