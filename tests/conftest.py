@@ -37,6 +37,19 @@ def _load(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture(autouse=True)
+def _unplanned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's memory is planned only in tests marked `plans_memory`: it takes as long as a tiny run does."""
+    if request.node.get_closest_marker("plans_memory") is None:
+        monkeypatch.setattr("tuner.memory.admit", lambda recipe, accelerator: None)
+
+
+@pytest.fixture(scope="session")
+def captioners() -> ModuleType:
+    """tests/captioners.py: tiny models that write captions, and that match them."""
+    return _load("captioners")
+
+
 @pytest.fixture
 def hub() -> Iterator[Any]:
     """A Hub of its own for each test, on 127.0.0.1: a tests/hub.py Hub."""

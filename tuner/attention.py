@@ -18,6 +18,9 @@ class SmallOnCpu:
     (benchmarks/attention.py). It is used elsewhere, and for long sequences, whose matrix would not fit.
     """
 
+    on = "cpu"
+    """The type of device where it is plain."""
+
     def __init__(self) -> None:
         from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
@@ -35,7 +38,7 @@ class SmallOnCpu:
         """What diffusers' own processors do: [B, S, C] (or [B, C, h, w]) in, the same shape out."""
         queries = hidden_states.shape[1:].numel() // hidden_states.shape[-1 if hidden_states.ndim == 3 else 1]
         keys = queries if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        small = hidden_states.device.type == "cpu" and queries * keys <= SMALL
+        small = hidden_states.device.type == self.on and queries * keys <= SMALL
         seen: Tensor = (self.plain if small else self.fused)(
             attn, hidden_states, encoder_hidden_states, attention_mask, temb
         )

@@ -47,7 +47,29 @@ def load(
         UserError: there is no such base, or no family knows it, or a component does not load, or a key has no
             effect on this run.
     """
-    options = Options() if options is None else options
+    folder, options = find(path, revision, new, needs, hashes, Options() if options is None else options)
+    kind = importlib.import_module(f"tuner.families.{recognise(folder)}").FAMILY
+    family: Family = kind.load(folder, needs, new, seed, options)
+    if unused := [name for name in new if name not in family.modules()]:
+        loaded = ", ".join(family.modules())
+        raise UserError(f"base.new: {', '.join(unused)} has no effect: this run loads {loaded} only")
+    family.title = title_of(path)
+    family.digests = digests(family, folder, new, seed, hashes)
+    return family
+
+
+def find(
+    path: str,
+    revision: str | None,
+    new: Sequence[str],
+    needs: Sequence[str],
+    hashes: Hashes,
+    options: Options,
+) -> tuple[Path, Options]:
+    """The diffusers folder of a base, wherever it is, and the options with an autoencoder's file as a folder.
+
+    Arguments and errors as of `load`; no network is loaded.
+    """
     if revision is not None and (path == "embedded" or Path(path).exists()):
         raise UserError(f"base.revision: {revision} has no effect: {path} is here, and not a Hub id")
     if options.prediction is not None and not Path(path).is_file():
@@ -60,14 +82,7 @@ def load(
     folder = _folder(path, revision, cache, needs, new, options)
     if options.vae is not None and options.vae.is_file():
         options = replace(options, vae=single_file.autoencoder_folder(options.vae, cache, folder) / "vae")
-    kind = importlib.import_module(f"tuner.families.{recognise(folder)}").FAMILY
-    family: Family = kind.load(folder, needs, new, seed, options)
-    if unused := [name for name in new if name not in family.modules()]:
-        loaded = ", ".join(family.modules())
-        raise UserError(f"base.new: {', '.join(unused)} has no effect: this run loads {loaded} only")
-    family.title = title_of(path)
-    family.digests = digests(family, folder, new, seed, hashes)
-    return family
+    return folder, options
 
 
 def title_of(path: str) -> str:

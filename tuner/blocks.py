@@ -89,14 +89,28 @@ class Buckets(Block):
     )
 
 
+class Stage(Block):
+    """A part of the training with a resolution of its own."""
+
+    resolution: Sides = Field(description="as data.resolution, in this stage")
+    steps: Positive | None = Field(
+        None, description="optimiser steps; in the last stage null: what is left of train.steps"
+    )
+    batch_size: Positive | None = Field(None, description="pictures in a step; null: train.batch_size")
+
+
 class Data(Block):
     """What is trained on."""
 
     source: Sources = Field(description="the pictures trained on", min_length=1)
     heldout: Sources = Field([], description="pictures for validation and evaluation, never trained on")
-    resolution: Sides = Field(
+    resolution: Sides | None = Field(
+        None,
         description="width and height of the squares that pictures are trained at, in pixels; of several "
-        "areas each picture comes at each"
+        "areas each picture comes at each; this or stages",
+    )
+    stages: Annotated[list[Stage], Field(min_length=2)] | None = Field(
+        None, description="resolutions one after another, such as 256 and then 512; this or resolution"
     )
     buckets: Buckets | None = Field(None, description="shapes near each picture's own; null: squares")
     crop: Literal["center", "random"] = Field(
@@ -130,15 +144,42 @@ class Data(Block):
             yield Conflict(
                 (f"source.{without}.share",), "found none, but other sources have shares; give all one"
             )
-        wide = self.resolution if isinstance(self.resolution, list) else [self.resolution]
-        if len(set(wide)) < len(wide):
-            yield Conflict(("resolution",), f"found {wide}, expected different numbers")
+        yield from self._size_conflicts()
         for number, source in enumerate(self.heldout):
-            for key in ("repeats", "weight", "share", "resolution", "captions", "condition"):
+            for key in ("repeats", "weight", "share", "resolution", "captions", "condition", "buffer"):
                 if getattr(source, key) != Source.model_fields[key].default:
                     yield Conflict((f"heldout.{number}.{key}",), "has no effect on held-out pictures")
         if self.alpha == "mask" and "background" in self.model_fields_set:
             yield Conflict(("background", "alpha"), "has no effect where alpha is the mask")
+
+    def _size_conflicts(self) -> Iterator[Conflict]:
+        """Not exactly one of resolution and stages; the same size twice; a stage without an end."""
+        if self.resolution is None and self.stages is None:
+            yield Conflict(("resolution", "stages"), "is missing; expected a whole number, or stages")
+        if self.resolution is not None and self.stages is not None:
+            message = "found together with stages, expected one of the two"
+            yield Conflict(("resolution", "stages"), message)
+        for key, wide in self._sizes():
+            if len(set(wide)) < len(wide):
+                yield Conflict((key,), f"found {list(wide)}, expected different numbers")
+        for number, stage in enumerate((self.stages or [])[:-1]):
+            if stage.steps is None:
+                yield Conflict((f"stages.{number}.steps",), "is missing; only the last stage may lack it")
+
+    def _sizes(self) -> list[tuple[str, tuple[int, ...]]]:
+        given = [("resolution", self.resolution)] if self.resolution is not None else []
+        given += [(f"stages.{n}.resolution", stage.resolution) for n, stage in enumerate(self.stages or [])]
+        return [(key, (one,) if isinstance(one, int) else tuple(one)) for key, one in given]
+
+    @property
+    def sizes(self) -> list[tuple[int, ...]]:
+        """The sides of the squares whose areas are trained at, stage after stage."""
+        return [wide for _, wide in self._sizes()]
+
+    @property
+    def side(self) -> int:
+        """Of the largest square of the last stage, in pixels: what previews and measures are drawn at."""
+        return max(self.sizes[-1])
 
 
 class Preview(Block):

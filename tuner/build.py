@@ -13,10 +13,12 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
-from tuner import __version__, base, device, gather, loop, verify
+from tuner import __version__, base, device, gather, loop, memory, resume, verify
 from tuner.data.cache import Hashes, default_folder
-from tuner.data.loader import Division
-from tuner.data.plan import Plan
+from tuner.data.conditions import Condition, parameters
+from tuner.data.flow import Flow
+from tuner.data.loader import Division, Feed
+from tuner.data.plan import Plan, Stages
 from tuner.data.samples import Sample
 from tuner.errors import UserError
 from tuner.evaluate.measures import measured
@@ -33,45 +35,72 @@ VERSIONS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safeten
 
 def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
     """Everything a run needs before its first step."""
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    micro_batch(recipe, processes)
+    micro_batch(recipe, accelerator.num_processes)
+    memory.admit(recipe, accelerator)
     hashes = remembered(recipe)
     task = adapted(recipe, accelerator, hashes)
     family, methods = task.family, task.each()
     loop.build_optimiser(methods, recipe.train)  # now, because a mistake is told before anything is written
 
     wanted = gather.wanted(recipe, task, accelerator)
-    data, plan, digest = gather.gather(recipe, task, wanted, accelerator)
+    gathered = gather.gather(recipe, task, wanted, accelerator)
     heldout = gather.heldout(recipe, task, wanted, accelerator)
     if accelerator.mixed_precision != "no":
         # All of a network of which a part is trained stays in float32.
         family.cast(device.DTYPES[accelerator.mixed_precision], task.parameters())
-    steps = recipe.train.steps or plan.steps_in(recipe.train.epochs or 0)
+    run = joined(recipe, accelerator, task, gathered, heldout, hashes)
+    _announce(recipe, family, task, gathered.plan, run.steps, accelerator)
+    return run
+
+
+def joined(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    task: Task,
+    gathered: gather.Gathered,
+    heldout: Feed | None,
+    hashes: Hashes,
+) -> loop.Run:
+    """A run of its parts; its fingerprint and what its exports say need no weights."""
+    data, plan, digest = gathered
+    steps = recipe.train.steps
+    if steps is None:
+        assert isinstance(plan, Plan), "stages and what is read in passing have steps"
+        steps = plan.steps_in(recipe.train.epochs or 0)
     digests = {**origins(task, hashes), "data": digest}
     fingerprint = {
         "recipe": recipe.decisive(),
         # Other names than the recipe's own keys, among which these stand in a checkpoint.
         **{f"{name} files": digest for name, digest in digests.items()},
+        "precision": str(accelerator.mixed_precision).replace("no", "fp32"),
         "threads": torch.get_num_threads(),
-        "precision": str(accelerator.mixed_precision),
+        **_divided(recipe, accelerator, plan),
+        "made with": resume.circumstances(recipe, accelerator, versions()),
     }
-    _announce(recipe, family, task, plan, steps, accelerator)
     return loop.Run(
         recipe,
         steps,
         accelerator,
-        family,
-        methods,
+        task.family,
+        task.each(),
         task,
         plan,
         data,
-        Division(recipe.train.accumulate, processes, rank),
+        Division(recipe.train.accumulate, accelerator.num_processes, accelerator.process_index),
         heldout,
-        recipe.data.workers or 0,
+        gather.workers(recipe, plan),
         Path(recipe.output),
         fingerprint,
         card(recipe, task, digests, versions(), tags(recipe, data.samples)),
     )
+
+
+def _divided(recipe: Recipe, accelerator: Accelerator, plan: Plan | Stages | Flow) -> dict[str, Any]:
+    """How what is read in passing is divided: which samples a step sees depends on it."""
+    if not isinstance(plan, Flow):
+        return {}
+    divided = f"{accelerator.num_processes} processes x {recipe.train.accumulate} accumulated"
+    return {"what is read in passing is divided among": divided}
 
 
 def remembered(recipe: Recipe) -> Hashes:
@@ -90,6 +119,8 @@ def adapted(recipe: Recipe, accelerator: Accelerator, hashes: Hashes) -> Task:
     family = base.load(asked.path, asked.revision, asked.new, needs, seed, hashes, options)
     family.to(accelerator.device)
     methods: list[Method] = [kind(recipe.method[name], family, seed) for name, kind in kinds.items()]
+    if recipe.train.gradient_checkpointing:
+        memory.switch_on(family, methods)
     _check_size(recipe, family)
     _check_uses(recipe, methods)
     verify.check_names(recipe.name, family, methods)
@@ -115,18 +146,21 @@ def _objective(recipe: Recipe, family: Family) -> Objective:
 
 
 def _announce(
-    recipe: Recipe, family: Family, task: Task, plan: Plan, steps: int, accelerator: Accelerator
+    recipe: Recipe,
+    family: Family,
+    task: Task,
+    plan: Plan | Stages | Flow,
+    steps: int,
+    accelerator: Accelerator,
 ) -> None:
     """One line that says what the run will do."""
     where = f"{accelerator.device.type} x {accelerator.num_processes}"
     if accelerator.device.type == "cpu":
         where += f" ({torch.get_num_threads()} threads)"
     trained = sum(parameter.numel() for parameter in task.trained())
-    besides = "" if plan.beside is None else f" and {plan.beside.number} class pictures beside"
     say(
         f"{recipe.name}: {' + '.join(recipe.method)} on {family.title} ({_kind(family, task)}), "
-        f"{len(plan.entries)} samples an epoch{besides}, {steps} steps of {plan.batch_size} pictures "
-        f"({steps / plan.steps_per_epoch:.3g} epochs), {trained:,} trained numbers, "
+        f"{plan.words(steps)}, {trained:,} trained numbers, "
         f"{accelerator.mixed_precision.replace('no', 'fp32')}, {where}"
     )
 
@@ -304,10 +338,20 @@ def _about(recipe: Recipe, task: Task, method: Method) -> dict[str, Any]:
     }
     return {
         "family": family.name,
-        "resolution": max(gather.sides(recipe.data.resolution)),
+        "resolution": recipe.data.side,
         "prediction_type": task.objective.prediction,
         "inpainting": family.inpainting,
         "zero_terminal_snr": bool(family.scheduler_config.get("rescale_betas_zero_snr")),
         **{key: value for key, value in known.items() if value is not None},
         **method.labels(),
+        **_conditions(recipe, method),
     }
+
+
+def _conditions(recipe: Recipe, method: Method) -> dict[str, Any]:
+    """The conditions of all sources, where some have their own: the method's first."""
+    own = [source.condition for source in recipe.data.source if source.condition is not None]
+    if method.condition is None or not own:
+        return {}
+    every = [parameters(one) for one in (cast(Condition, method.condition), *own)]
+    return {"condition": [one for n, one in enumerate(every) if one not in every[:n]]}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import pickle
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +18,18 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from tuner.disk import DiskError, writing
 from tuner.ema import Ema
 from tuner.errors import UserError
 from tuner.progress import say
+from tuner.recipe import Recipe
 from tuner.task import Task
+from tuner.training import Checkpoint
 
 FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
+MANIFEST, TRAINED, STATE = "manifest.json", "trained.safetensors", "state.pt"
+BESIDES = ("threads", "made with")
+"""Of a fingerprint: what may change, and leaves equality bit for bit without a promise."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Parts:
     schedule: torch.optim.lr_scheduler.LambdaLR
     ema: Ema | None
     scaler: Any  # torch's gradient scaler under fp16, else None
+    guard: Any = None  # what the divergence guard remembers (guard.Watch), None: nothing
 
 
 @dataclass(frozen=True)
@@ -42,56 +51,132 @@ class State:
     folder: Path
     step: int
     fingerprint: dict[str, Any]
+    recipe: dict[str, Any]  # all of it; empty in checkpoints of earlier code
 
 
 def write(
-    output: Path, step: int, parts: Parts, fingerprint: Mapping[str, Any], keep: int, accelerator: Accelerator
+    output: Path,
+    step: int,
+    parts: Parts,
+    fingerprint: Mapping[str, Any],
+    recipe: Recipe,
+    accelerator: Accelerator,
 ) -> None:
-    """Write OUTPUT/checkpoints/step-N beside, flushed and renamed; keep the newest `keep`."""
+    """Write OUTPUT/checkpoints/step-N beside, flushed and renamed; take away old ones as the recipe says.
+
+    Raises:
+        DiskError: it cannot be written; the checkpoints before it are as they were.
+    """
+    failed: UserError | None = None
     if accelerator.is_main_process:
-        root = output / FOLDER
-        place = root / f"step-{step:07d}"
-        beside = root / f".{place.name}.writing"
+        try:
+            _write(output, step, parts, fingerprint, recipe)
+        except DiskError as error:
+            failed = error
+    if accelerator.num_processes > 1:  # none waits for one that has ended
+        count = torch.tensor(0 if failed is None else 1, device=accelerator.device)
+        if bool(accelerator.reduce(count, "sum")):
+            failed = failed or UserError("the main process could not write the checkpoint")
+    if failed is not None:
+        raise failed
+
+
+def _write(output: Path, step: int, parts: Parts, fingerprint: Mapping[str, Any], recipe: Recipe) -> None:
+    root = output / FOLDER
+    _recover(root)
+    place = root / f"step-{step:07d}"
+    beside = root / f".{place.name}.writing"
+    with writing(place):
         for torn in root.glob(".step-*.writing"):
             shutil.rmtree(torn)
         beside.mkdir(parents=True)
-        trained = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.task.tensors().items()}
-        save_file(trained, beside / "trained.safetensors")
-        torch.save(
-            {
-                "optimiser": parts.optimiser.state_dict(),
-                "schedule": parts.schedule.state_dict(),
-                "ema": None if parts.ema is None else parts.ema.state_dict(),
-                "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
-            },
-            beside / "state.pt",
-        )
+    try:
+        _fill(beside, place, parts)
         files = {file.name: _sha256(file) for file in sorted(beside.iterdir())}
-        manifest = {"step": step, "fingerprint": dict(fingerprint), "files": files}
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True), encoding="utf-8")
-        for file in beside.iterdir():
-            _flush(file)
-        if place.exists():
-            shutil.rmtree(place)
-        beside.rename(place)
-        _flush(root)
-        for old in _folders(output)[keep:]:
+        about = {"step": step, "fingerprint": dict(fingerprint), "recipe": recipe.resolved()}
+        manifest = json.loads(json.dumps({**about, "written": int(time.time()), "files": files}))
+        text = json.dumps({**manifest, "digest": _digest(manifest)}, indent=2, sort_keys=True)
+        with writing(place / MANIFEST):
+            (beside / MANIFEST).write_text(text, encoding="utf-8")
+        with writing(place):
+            for file in beside.iterdir():
+                _flush(file)
+            _flush(beside)
+            aside = root / f".{place.name}.old"
+            if place.exists():
+                place.rename(aside)
+            beside.rename(place)
+            _flush(root)
+            shutil.rmtree(aside, ignore_errors=True)
+    except DiskError:
+        shutil.rmtree(beside, ignore_errors=True)  # half of it helps nobody and takes room
+        raise
+    with writing(root):
+        for old in _old(output, recipe.train.checkpoint):
             shutil.rmtree(old)
-    accelerator.wait_for_everyone()
 
 
-def drop_ahead(output: Path, step: int) -> None:
-    """Remove the checkpoints after a step, before a run goes on from there.
+def _recover(root: Path) -> None:
+    """Put back a checkpoint that was moved aside for a new one which did not come to its place."""
+    for aside in root.glob(".step-*.old"):
+        place = root / aside.name[1:].removesuffix(".old")
+        if place.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # another process did it
+                aside.rename(place)
+
+
+def _fill(folder: Path, place: Path, parts: Parts) -> None:
+    """The files of a checkpoint into `folder`, which becomes `place`."""
+    trained = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.task.tensors().items()}
+    with writing(place / TRAINED):
+        save_file(trained, folder / TRAINED)
+    state = {
+        "optimiser": parts.optimiser.state_dict(),
+        "schedule": parts.schedule.state_dict(),
+        "ema": None if parts.ema is None else parts.ema.state_dict(),
+        "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
+        "guard": None if parts.guard is None else parts.guard.state_dict(),
+    }
+    # Through a file of Python's own: torch's says less of what went wrong.
+    with writing(place / STATE), (folder / STATE).open("wb") as file:
+        torch.save(state, file)
+
+
+def _old(output: Path, asked: Checkpoint) -> Iterator[Path]:
+    """The checkpoints that need not be kept."""
+    for number, folder in enumerate(_folders(output)):
+        step = _step(folder)
+        if number < asked.keep or (step and asked.keep_every and step % asked.keep_every == 0):
+            continue
+        if asked.keep_hours is not None and time.time() - _written(folder) < 3600 * asked.keep_hours:
+            continue
+        yield folder
+
+
+def _written(folder: Path) -> float:
+    """When a checkpoint was written, by its own word: files' times change when they are copied."""
+    try:
+        return float(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["written"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return 0.0
+
+
+def drop_ahead(output: Path, step: int) -> list[Path]:
+    """Remove the checkpoints after a step, before a run goes on from there; returns which.
 
     They are damaged or of an attempt that was given up; among the newest they would crowd out new ones.
     """
-    for folder in _folders(output):
-        if _step(folder) > step:
-            shutil.rmtree(folder)
+    ahead = [folder for folder in _folders(output) if _step(folder) > step]
+    for folder in ahead:
+        shutil.rmtree(folder)
+    return ahead
 
 
 def newest(output: Path) -> State | None:
     """The newest whole checkpoint of an output folder; damaged ones are named and passed over."""
+    _recover(output / FOLDER)
     folders = _folders(output)
     for folder in folders:
         state = at(folder)
@@ -111,9 +196,12 @@ def at(folder: Path) -> State | None:
     """The checkpoint in a folder; None, and said, where it is missing or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        damaged = [name for name, digest in manifest["files"].items() if _sha256(folder / name) != digest]
-        state = State(folder, int(manifest["step"]), manifest["fingerprint"])
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+        files, fingerprint, recipe = manifest["files"], manifest["fingerprint"], manifest.get("recipe", {})
+        if not _is_manifest(manifest):
+            raise ValueError(f"{MANIFEST} was changed")
+        damaged = [name for name, digest in files.items() if _sha256(folder / name) != digest]
+        state = State(folder, int(manifest["step"]), fingerprint, recipe)
+    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         say(f"{folder}: not a whole checkpoint ({error})")
         return None
     if damaged:
@@ -122,13 +210,26 @@ def at(folder: Path) -> State | None:
     return state
 
 
+def _is_manifest(found: dict[str, Any]) -> bool:
+    """Whether a manifest is what was written; those of earlier code have no digest of their own."""
+    if found["files"].keys() != {TRAINED, STATE}:
+        return False
+    if "digest" not in found:
+        return found.keys() == {"step", "fingerprint", "files"}
+    return bool(_digest({key: value for key, value in found.items() if key != "digest"}) == found["digest"])
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 def differences(state: State, fingerprint: Mapping[str, Any]) -> list[str]:
-    """What stands between a checkpoint and a run that would continue it."""
+    """What stands between a checkpoint and a run that would continue it; not what BESIDES names."""
     old, new = _flat(state.fingerprint), _flat(json.loads(json.dumps(fingerprint)))
     return [
         f"{key}: the checkpoint has {old.get(key)!r}, the run {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and key.split(".")[0] not in BESIDES
     ]
 
 
@@ -145,11 +246,16 @@ def _flat(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 def restore(state: State, parts: Parts) -> int:
     """Put a checkpoint's state into a run's parts; returns the steps done.
 
+    Nothing in it is run: state.pt may hold tensors and plain values only (torch's `weights_only`).
+
     Raises:
-        UserError: the checkpoint was made with other options.
+        UserError: the checkpoint was made with other options, or holds what is no state.
     """
-    parts.task.load_tensors(load_file(state.folder / "trained.safetensors"))
-    saved = torch.load(state.folder / "state.pt", map_location="cpu", weights_only=True)
+    try:
+        saved = torch.load(state.folder / STATE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{state.folder / STATE}: no state of a run: {str(error).splitlines()[0]}") from error
+    parts.task.load_tensors(load_file(state.folder / TRAINED))
     for name, part in (("ema", parts.ema), ("scaler", parts.scaler)):
         if (saved[name] is None) != (part is None):
             raise UserError(f"{state.folder}: it was made {'without' if part is not None else 'with'} {name}")
@@ -159,6 +265,8 @@ def restore(state: State, parts: Parts) -> int:
         parts.ema.load_state_dict(saved["ema"])
     if parts.scaler is not None:
         parts.scaler.load_state_dict(saved["scaler"])
+    if parts.guard is not None and saved.get("guard") is not None:
+        parts.guard.load_state_dict(saved["guard"])
     return state.step
 
 

@@ -1,4 +1,4 @@
-"""The command line: `tuner train | export | sample | condition | report | push | schema | inspect ...`.
+"""The command line: `tuner train | check | export | sample | condition | report | push | inspect ...`.
 
 Exit codes: 0 done, 1 a fault of the program (with its traceback), 2 a mistake of the user's (with its text
 alone), 130 stopped by Ctrl-C. What a command needs is imported when it runs, so that `tuner --help` is quick.
@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tuner.errors import UserError
+from tuner.captioning.asked import caption
+from tuner.check.asked import check
+from tuner.errors import UserError, of_system
 from tuner.generate.asked import sample
 
 app = typer.Typer(
@@ -54,13 +58,42 @@ Energy = Annotated[
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Train a recipe, export the result, measure it, and write the report."""
-    from tuner.recipe import load
+    with _ended_by_signals():
+        from tuner.recipe import load
 
-    loaded = load(recipe, overrides or ())  # before the slow imports: a mistake is shown at once
+        loaded = load(recipe, overrides or ())  # before the slow imports: a mistake is shown at once
 
-    from tuner import run
+        from tuner import run
 
     raise typer.Exit(run.train(loaded))
+
+
+@app.command()
+def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Fill the cache with all that a run would encode before it trains; many processes may share the work."""
+    from tuner.recipe import load
+
+    loaded = load(recipe, overrides or ())
+
+    from tuner import prepare as preparing
+
+    raise typer.Exit(preparing.prepare(loaded))
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """While nothing was begun, what asks a run to stop (tuner/signals.py) ends it well."""
+    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(number: int, frame: object) -> None:
+    print("stopped before anything was begun; the same command starts again", flush=True)
+    raise SystemExit(0)
 
 
 @app.command()
@@ -247,6 +280,8 @@ def push(
 
 
 app.command("sample")(sample)  # its options are the fields of tuner.generate.asked.Asked
+app.command("caption")(caption)  # of tuner.captioning.asked.Asked
+app.command("check")(check)  # of tuner.check.asked.Asked
 
 
 def _tell(lines: Sequence[str]) -> None:
@@ -265,6 +300,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Every process of a torchrun finds the same mistake; the first one tells.
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        told = of_system(error)
+        if told is None:
+            raise
+        print(told, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -18,6 +18,15 @@ WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls a component's file, w
 GROUP = 2**28
 """Bytes that are read of a file at a time, in float32, where its tensors are converted."""
 
+_PICKLE = "a pickle (.ckpt, .pt), which can run any code when it is read; convert it to .safetensors"
+_MAGIC = {  # what else a file can be that should hold tensors, by its first bytes
+    b"PK\x03\x04": _PICKLE,
+    b"\x80": _PICKLE,
+    b"GGUF": "a GGUF file, quantised for inference",
+    b"version https://git-lfs": "a Git LFS pointer; the file itself was not downloaded: git lfs pull",
+    b"<": "a web page, not the download",
+}
+
 KINDS = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
@@ -85,13 +94,64 @@ def _groups(path: Path, dtype: torch.dtype) -> list[list[str]]:
     return groups if other else []
 
 
-def _files(place: Path) -> list[Path]:
-    """The safetensors files of a component of diffusers', whole or in shards; those that are there."""
-    index = place / f"{WEIGHTS}.safetensors.index.json"
-    parts = {f"{WEIGHTS}.safetensors"}
-    if index.is_file():
-        parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return [place / part for part in sorted(parts) if (place / part).is_file()]
+def _files(place: Path, stem: str = WEIGHTS) -> list[Path]:
+    """The safetensors files of a component, whole or in shards; a whole one only if it is there.
+
+    Raises:
+        UserError: a part that the index names is missing, or leaves the folder.
+    """
+    index = place / f"{stem}.safetensors.index.json"
+    whole = place / f"{stem}.safetensors"
+    if not index.is_file():
+        return [whole] if whole.is_file() else []
+    parts = read_json(index).get("weight_map")
+    if not isinstance(parts, dict):
+        raise UserError(f"{index}: expected a weight_map; download it again")
+    for part in sorted(set(map(str, parts.values()))):
+        if Path(part).name != part:
+            raise UserError(f"{index}: names {part}, which leaves the folder; expected plain file names")
+        if not (place / part).is_file():
+            raise UserError(f"{index}: its part {part} is missing; download it again")
+    return [place / part for part in sorted(set(parts.values()))]
+
+
+def other_kind(path: Path) -> str | None:
+    """What a file is that should hold tensors and does not, by how it begins; None where nothing is known."""
+    with path.open("rb") as file:
+        start = file.read(32)
+    if start[8:9] == b"{":  # behind the header's length, whose bytes can look like anything
+        return None
+    return next((phrase for magic, phrase in _MAGIC.items() if start.startswith(magic)), None)
+
+
+def check_whole(path: Path) -> None:
+    """Raises UserError where a file is no whole safetensors file, as its header and its length tell."""
+    if (other := other_kind(path)) is not None:
+        raise UserError(f"{path} is {other}; expected a .safetensors file")
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        raise UserError(
+            f"{path}: not a whole .safetensors file: {error}; download it again, or copy it whole"
+        ) from error
+
+
+def read_json(place: Path) -> dict[str, Any]:
+    """A configuration.
+
+    Raises:
+        UserError: it is no JSON, or no object.
+    """
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{place}: is no JSON ({error}); download it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{place}: expected an object of keys; download it again")
+    return found
 
 
 def tensors(place: Path, names: Collection[str]) -> dict[str, Tensor]:
@@ -158,10 +218,25 @@ def fresh(name: str, place: Path, seed: int) -> nn.Module:
 def config_of(folder: Path, name: str) -> dict[str, Any]:
     """The config.json of a component of a diffusers folder; empty where there is none."""
     place = folder / name / "config.json"
-    if not place.is_file():
-        return {}
-    config: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-    return config
+    return read_json(place) if place.is_file() else {}
+
+
+def without_weights(kind: Any, place: Path, wanted: str) -> Any:
+    """A part of a base that has no weights, by its library.
+
+    Raises:
+        UserError: it is missing, or does not load.
+    """
+    what = f"base {place.parent}: the component {place.name}"
+    if not any((place / name).is_file() for name in wanted.split(" or ")):
+        raise UserError(f"{what} is missing (no {place.name}/{wanted}); download it again")
+    for name in wanted.split(" or "):
+        if (place / name).is_file():
+            read_json(place / name)
+    try:
+        return kind.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError, NotImplementedError, TypeError, KeyError) as error:
+        raise UserError(f"{what} does not load: {error}; expected the files of one base") from error
 
 
 def _kind(name: str, place: Path) -> Any:
@@ -170,17 +245,40 @@ def _kind(name: str, place: Path) -> Any:
 
     if not (place / "config.json").is_file():
         raise UserError(f"base {place.parent}: the component {name} is missing (no {place.name}/config.json)")
+    read_json(place / "config.json")  # says what is wrong with it
     library, class_name = KINDS[name]
     return getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
 
 
 def _loaded(name: str, place: Path, how: dict[str, Any]) -> nn.Module:
-    kind = _kind(name, place)
+    """The network by its library; nothing but whole safetensors files are read, and none is drawn anew."""
+    kind, stem = _kind(name, place), WEIGHTS if KINDS[name][0] == "diffusers" else "model"
+    what = f"base {place.parent}: the component {name}"
+    files = _files(place, stem)
+    if not files and (pickles := sorted(file.name for file in place.glob(f"{stem.split('_model')[0]}*.bin"))):
+        raise UserError(f"{what} is there as {pickles[0]} only, {_PICKLE}")
+    if not files:
+        raise UserError(f"{what} does not load: {place} has no {stem}.safetensors; download it again")
+    for file in files:
+        check_whole(file)
     try:
-        loaded: nn.Module = kind.from_pretrained(place, use_safetensors=True, local_files_only=True, **how)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"base {place.parent}: the component {name} does not load: {error}") from error
-    return loaded
+        loaded, told = kind.from_pretrained(
+            place, use_safetensors=True, local_files_only=True, output_loading_info=True, **how
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{what} does not load: {_first(error)}; is its config.json its own?") from error
+    if missing := sorted(told["missing_keys"]):
+        raise UserError(
+            f"{what}: {missing[0]} is missing in its weights ({len(missing)} tensors); "
+            "is its config.json its own?"
+        )
+    network: nn.Module = loaded
+    return network
+
+
+def _first(error: Exception) -> str:
+    """The first sentence of a library's error, without its advice."""
+    return str(error).strip().split("\n")[0].split(" If you want to instead")[0].rstrip(".")
 
 
 def misfit(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str | None:

@@ -37,13 +37,29 @@ def quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def start(asked: str, threads: int | None) -> Accelerator:
+def deterministic(on: bool) -> None:
+    """Let every operation give the same bits each time, or be an error where it cannot; before any of them.
+
+    https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's matrix library starts
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
+    torch.backends.cudnn.benchmark = False
+
+
+def start(asked: str, threads: int | None, same_bits: bool = False) -> Accelerator:
     """The accelerator in the recipe's precision, whatever the launcher says, and the CPU's threads.
+
+    Args:
+        same_bits: `train.deterministic`.
 
     Raises:
         UserError: fp16 is asked for without a GPU.
     """
     quiet()
+    deterministic(same_bits)
     chosen = precision(asked)
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if chosen == "fp16" and not torch.cuda.is_available():

@@ -119,11 +119,14 @@ class Family(ABC):
 
     @abstractmethod
     def encode_images(self, pixels: Tensor) -> Moments:
-        """[B, 3, H, W] in [-1, 1] -> Moments; without gradients, outside autocast, in float32."""
+        """[B, 3, H, W] in [-1, 1] -> Moments; without gradients, outside autocast, float32.
+
+        An autoencoder in half precision that overflows is moved to float32.
+        """
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, 3, H, W] in [-1, 1]; without gradients, in float32."""
+        """[B, C, h, w] -> [B, 3, H, W] in [-1, 1]; without gradients, float32, as encode_images."""
 
     @abstractmethod
     def encode_prompts(self, tokens: Tokens, rows: Mapping[str, Tensor] | None = None) -> Text:

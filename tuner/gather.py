@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -19,11 +20,14 @@ from tuner.data.cache import default_folder
 from tuner.data.caption_block import Captions
 from tuner.data.captions import CaptionRule
 from tuner.data.conditions import Condition
+from tuner.data.flow import Flow
 from tuner.data.index import Memory, Share
 from tuner.data.loader import Feed
 from tuner.data.noise import Draws
-from tuner.data.plan import Beside, Plan, balanced
-from tuner.data.samples import Sample
+from tuner.data.passing import Gate
+from tuner.data.plan import Beside, Plan, Stages, balanced
+from tuner.data.samples import Joined, Sample, Samples, sources, weights
+from tuner.data.sources.stream import Stream
 from tuner.data.views import Masks
 from tuner.errors import UserError
 from tuner.method import Method
@@ -37,10 +41,13 @@ STEPS = (64, 32, 16, 8)
 
 
 class Gathered(NamedTuple):
-    """All that is trained on, class pictures last, and when."""
+    """All that is trained on, class pictures last, and when.
+
+    What is read in passing is not in the feed, but comes from the plan, which is a Flow then.
+    """
 
     feed: Feed
-    plan: Plan
+    plan: Plan | Stages | Flow
     digest: str
 
 
@@ -59,10 +66,10 @@ def wanted(recipe: Recipe, task: Task, accelerator: Accelerator) -> Wanted:
         if source.condition is not None and not conditions:
             names = " + ".join(recipe.method)
             raise UserError(f"data.source.{number}.condition: method {names} sees no conditions; set null")
-    latent = task.family.factor if "vae" in task.family.modules() else 1
+    latent = _latent(task)
     own = [(number, source) for number, source in enumerate(about.source)]
     return Wanted(
-        size=max(sides(about.resolution)),
+        size=about.side,
         seed=recipe.train.seed,
         crop=about.crop,
         flip=about.flip,
@@ -83,6 +90,10 @@ def wanted(recipe: Recipe, task: Task, accelerator: Accelerator) -> Wanted:
     )
 
 
+def _latent(task: Task) -> int:
+    return task.family.factor if "vae" in task.family.modules() else 1
+
+
 def sides(resolution: int | Sequence[int]) -> tuple[int, ...]:
     """The sides of the squares whose areas are trained at."""
     return (resolution,) if isinstance(resolution, int) else tuple(resolution)
@@ -96,9 +107,9 @@ def _rule(about: Captions, methods: Sequence[Method]) -> CaptionRule:
     )
 
 
-def _buckets(about: blocks.Data, source: blocks.Source, latent: int) -> Buckets:
-    """The buckets of a source; without the recipe's block the square alone."""
-    wide = sides(about.resolution if source.resolution is None else source.resolution)
+def _buckets(about: blocks.Data, source: blocks.Source, latent: int, stage: int = -1) -> Buckets:
+    """The buckets of a source in a stage; without the recipe's block the square alone."""
+    wide = about.sizes[stage] if source.resolution is None else sides(source.resolution)
     asked = about.buckets
     if asked is None:
         return Buckets(wide, latent, latent=latent)
@@ -113,28 +124,76 @@ def gather(recipe: Recipe, task: Task, asked: Wanted, accelerator: Accelerator) 
         UserError: a source, a sample or a caption cannot be used; the batch does not fit the set.
     """
     memory = Memory(cache(recipe) or default_folder())
-    opened = assemble.open_sources(recipe.data.source, asked, memory, accelerator.is_main_process)
+    parts = assemble.open_parts(recipe.data.source, asked, accelerator.is_main_process)
+    if streams := [part for part in parts if isinstance(part, Stream)]:
+        return _passing(recipe, task, asked, memory, accelerator, streams)
+    samples = Joined([part for part in parts if isinstance(part, Samples)])
+    each = samples.repeats.astype(np.float64)
+    opened = assemble.look_at(samples, each, asked, memory, samples.problems())
     asked = _with_masks(recipe, task, opened, asked)
-    opened = _shares(recipe, opened)
     rules = dict(asked.captions_of)
     for number in range(len(recipe.data.source)):
         _check_captions(recipe, task, opened.of_source(number), rules.get(number, asked.captions))
-    opened, beside = _beside(recipe, task, asked, memory, accelerator, opened)
-    plan = Plan(
-        opened.repeats,
-        recipe.train.batch_size,
-        recipe.train.seed,
-        beside,
-        opened.assigned,
-        _weights(opened),
-        "smaller" if recipe.data.buckets is None else recipe.data.buckets.last,
-        recipe.train.accumulate * accelerator.num_processes,
-    )
-    _tell(opened, plan)
+    stages = [_shares(recipe, one) for one in _in_stages(recipe, task, opened, asked)]
+    sizes = batch_sizes(recipe)
+    opened, beside = _beside(recipe, task, asked, memory, accelerator, stages[-1])
+    passes = recipe.train.accumulate * accelerator.num_processes
+    plans = [
+        Plan(
+            one.repeats,
+            size,
+            recipe.train.seed,
+            beside,
+            one.assigned,
+            _weights(one),
+            "smaller" if recipe.data.buckets is None else recipe.data.buckets.last,
+            passes,
+        )
+        for one, size in zip(stages, sizes, strict=True)
+    ]
+    for one, plan in zip(stages, plans, strict=True):
+        _tell(one, plan)
     for what, why in encode.uncached(asked, task.family).items():
         say(f"{what} are encoded in each step, not cached: {why}")
-    feed = encode.feed(opened, asked, task.family)
-    return Gathered(feed, plan, opened.digest())
+    every = opened._replace(assigned=buckets.together([one.assigned for one in stages]))
+    feed = encode.feed(every, asked, task.family)
+    whole = plans[0] if len(plans) == 1 else Stages(plans, _lengths(recipe))
+    return Gathered(feed, whole, opened.digest())
+
+
+def batch_sizes(recipe: Recipe) -> list[int]:
+    """Pictures in an optimiser step, stage after stage."""
+    given = [stage.batch_size for stage in recipe.data.stages or []] or [None]
+    return [recipe.train.batch_size if size is None else size for size in given]
+
+
+def _lengths(recipe: Recipe) -> list[int]:
+    """Optimiser steps, stage after stage."""
+    stages, steps = recipe.data.stages or [], recipe.train.steps
+    assert steps is not None, "stages have steps"
+    before = [stage.steps or 0 for stage in stages[:-1]]
+    return [*before, steps - sum(before)]
+
+
+def _in_stages(recipe: Recipe, task: Task, opened: Opened, asked: Wanted) -> list[Opened]:
+    """The same samples in the buckets of each stage."""
+    about, latent = recipe.data, _latent(task)
+    if about.stages is None:
+        return [opened]
+    every = []
+    for stage in range(len(about.stages)):
+        shapes = tuple(_buckets(about, source, latent, stage) for source in about.source)
+        assigned = assemble.assign(opened.samples, opened.known, replace(asked, buckets=shapes))
+        every.append(opened._replace(assigned=assigned))
+    return every
+
+
+def workers(recipe: Recipe, plan: Plan | Stages | Flow) -> int:
+    """How many processes load pictures."""
+    asked = recipe.data.workers
+    if isinstance(plan, Flow):
+        return 1 if asked is None else min(asked, 1)
+    return asked or 0
 
 
 def heldout(recipe: Recipe, task: Task, asked: Wanted, accelerator: Accelerator) -> Feed | None:
@@ -154,24 +213,104 @@ def heldout(recipe: Recipe, task: Task, asked: Wanted, accelerator: Accelerator)
 
 def _with_masks(recipe: Recipe, task: Task, opened: Opened, asked: Wanted) -> Wanted:
     """Masks weigh the loss where there are any; asking for them where there are none is an error."""
-    count = sum(known is not None for known in opened.known.masks)
+    count = int(opened.known.masks.there.sum())
+    about = f"{count} of {len(opened.samples)} samples have a mask"
+    return _masked(recipe, task, asked, about if count else None)
+
+
+def _masked(recipe: Recipe, task: Task, asked: Wanted, there: str | None) -> Wanted:
+    """`there`: what is said of the masks that there are; None: there are none."""
     if any(method.WHOLE_STEP for method in task.each()):
         own = " + ".join(recipe.method)
         if recipe.data.masks is not None or recipe.data.alpha == "mask":
             key = "masks" if recipe.data.masks is not None else "alpha"
             raise UserError(f"data.{key}: method {own} has a loss of its own, which masks do not weigh")
-        if count:
-            say(f"{count} masks are not used: method {own} has a loss of its own, which they do not weigh")
+        if there is not None:
+            say(f"{there}, which is not used: method {own} has a loss of its own, which it does not weigh")
         return asked
-    if not count and recipe.data.alpha != "mask":
+    if there is None and recipe.data.alpha != "mask":
         if recipe.data.masks is not None:
             raise UserError(
                 "data.masks: no sample has a mask; name where they are with data.source.mask_from or columns"
             )
         return asked
-    if count:
-        say(f"{count} of {len(opened.samples)} samples have a mask, which weighs their loss")
+    if there is not None:
+        say(f"{there}, which weighs their loss")
     return replace(asked, masks=recipe.data.masks or Masks())
+
+
+def _passing(
+    recipe: Recipe,
+    task: Task,
+    asked: Wanted,
+    memory: Memory,
+    accelerator: Accelerator,
+    streams: Sequence[Stream],
+) -> Gathered:
+    """What is trained on where it is read in passing."""
+    if problems := _refused(recipe, task, streams):
+        raise UserError("\n".join(problems))
+    masked = [stream.place for stream in streams if stream.shards.masked]
+    asked = _masked(recipe, task, asked, f"{', '.join(masked)}: each sample has a mask" if masked else None)
+    numbers = range(len(streams))
+    conditions, rules = dict(asked.condition_of), dict(asked.captions_of)
+    gate = Gate(
+        asked.reading,
+        [conditions.get(number, asked.condition) for number in numbers],
+        [rules.get(number, asked.captions) for number in numbers],
+        task.each(),
+        task.family.tokenize if task.family.text_encoders else None,
+        recipe.base.windows,
+    )
+    shares = [source.share or 1.0 for source in recipe.data.source]
+    flow = Flow(streams, shares, asked.buckets, gate, recipe.train.batch_size, recipe.train.seed)
+    main = accelerator.is_main_process
+    flow.tell(say if main else partial(_say_of, accelerator.process_index), asked.unreadable)
+    if asked.cache is not None:
+        say("pictures and captions are encoded in each step, not cached: they are read in passing")
+    if (recipe.data.workers or 0) > 1:
+        say("data.workers: one process loads what is read in passing, as it comes in one order")
+    nothing = assemble.look_at((), np.zeros(0), asked, memory)
+    return Gathered(encode.feed(nothing, replace(asked, cache=None), task.family), flow, flow.digest())
+
+
+def _say_of(rank: int, line: str) -> None:
+    """What another process than the main one has to say of its part."""
+    print(f"process {rank}: {line}", flush=True)
+
+
+def _refused(recipe: Recipe, task: Task, streams: Sequence[Stream]) -> list[str]:
+    """What a run on samples that are read in passing cannot have, and the ways out."""
+    about, place, problems = recipe.data, streams[0].place, []
+    passing = f"{place} is read in passing"
+    if len(streams) < len(about.source):
+        other = next(source.path for source in about.source if not source.streamed)
+        problems.append(
+            f"data.source: {passing} and {other} is not; set streaming: true for all, "
+            "or download the first and give its path"
+        )
+    elif len(streams) > 1 and about.source[0].share is None:
+        problems.append(
+            f"data.source: {passing}, so it is not known how long it is: give each source a share"
+        )
+    if recipe.train.steps is None:
+        problems.append(f"train.epochs: {passing}, so an epoch's length is not known; give train.steps")
+    if about.stages is not None:
+        problems.append(
+            f"data.stages: {passing}, which stages do not divide; train one after another "
+            "with a recipe for each resolution, the second from the first's result"
+        )
+    if about.buckets is not None and about.buckets.last != "smaller":
+        problems.append(f"data.buckets.last: has no effect: {passing}, so that all batches are full")
+    if any(method.prior is not None for method in task.each()):
+        problems.append(f"prior: {passing}, beside which class pictures do not come; set it to null")
+    if recipe.export.tag_frequency:
+        problems.append(f"export.tag_frequency: {passing}, so its tags are not counted; set false")
+    if recipe.evaluate.samples and any(m.kind in ("lora", "textual_inversion") for m in task.each()):
+        problems.append(
+            f"evaluate.samples: its measures look at all that was trained on, but {passing}; set 0"
+        )
+    return problems
 
 
 def _weights(opened: Opened) -> npt.NDArray[np.float64]:
@@ -180,16 +319,15 @@ def _weights(opened: Opened) -> npt.NDArray[np.float64]:
     Raises:
         UserError: some are 0.
     """
-    some = opened.samples[: len(opened.repeats)]
-    weights = np.array([sample.weight for sample in some], np.float64)
-    nothing = np.flatnonzero(weights == 0)
+    every: npt.NDArray[np.float64] = weights(opened.samples)[: len(opened.repeats)]
+    nothing = np.flatnonzero(every == 0)
     if len(nothing):
-        name = some[int(nothing[0])].picture.name
+        name = opened.samples[int(nothing[0])].picture.name
         raise UserError(
             f"{name}: its weight is 0{f', as of {len(nothing) - 1} others' if len(nothing) > 1 else ''}: "
             "it would never count; leave it out, or give it a weight above 0"
         )
-    return weights
+    return every
 
 
 def _shares(recipe: Recipe, opened: Opened) -> Opened:
@@ -198,7 +336,7 @@ def _shares(recipe: Recipe, opened: Opened) -> Opened:
     given = [share for share in shares if share is not None]
     if not given:
         return opened
-    of = np.array([sample.source for sample in opened.samples], np.int64)
+    of = sources(opened.samples)
     rows = opened.assigned.sample  # with several areas a sample comes several times
     counts = np.bincount(of[rows], opened.repeats[rows], len(shares))
     if len(empty := np.flatnonzero(counts == 0)):
@@ -225,7 +363,8 @@ def _beside(
     classes = prior.samples(about, sampler, asked.cache)
     # The batch is checked before they are drawn.
     beside = Beside(len(opened.samples), len(classes), about.weight)
-    Plan(opened.repeats, recipe.train.batch_size, recipe.train.seed, beside)
+    for size in batch_sizes(recipe):
+        Plan(opened.repeats, size, recipe.train.seed, beside)
     prior.draw(about, sampler, classes)
     accelerator.wait_for_everyone()
     plain = replace(asked, condition=None, buckets=(), unreadable=0)  # they take the batch's bucket
@@ -245,5 +384,5 @@ def _tell(opened: Opened, plan: Plan) -> None:
 
 def every_side(recipe: Recipe) -> tuple[int, ...]:
     """Every side that pictures are trained at, of all sources."""
-    asked = [recipe.data.resolution, *(source.resolution for source in recipe.data.source)]
-    return tuple(sorted({side for one in asked if one is not None for side in sides(one)}))
+    own = [sides(source.resolution) for source in recipe.data.source if source.resolution is not None]
+    return tuple(sorted({side for one in [*recipe.data.sizes, *own] for side in one}))

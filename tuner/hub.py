@@ -32,13 +32,19 @@ def patterns(needs: Collection[str], without: Collection[str] = ()) -> list[str]
     return [*_ALWAYS, *sorted(weights)]
 
 
-def fetch(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
+def fetch(
+    name: str,
+    revision: str | None,
+    wanted: Sequence[str],
+    keys: tuple[str, str] = ("base.path", "base.revision"),
+) -> Path:
     """The folder of a Hub repository's files, downloaded where they are not here yet.
 
     Args:
         name: owner/name.
         revision: a branch, a tag or a commit; None is `main`.
         wanted: shell patterns of files.
+        keys: what the user gave name and revision as.
 
     Raises:
         HubError: the repository or the revision is not there, or closed to this user, or the Hub cannot be
@@ -54,7 +60,7 @@ def fetch(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
         RevisionNotFoundError,
     )
 
-    where = f"base.path: {name}"
+    where = f"{keys[0]}: {name}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except HFValidationError as error:
@@ -69,7 +75,7 @@ def fetch(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
     except RepositoryNotFoundError as error:
         raise HubError(f"{where}: {_missing()}") from error
     except RevisionNotFoundError as error:
-        raise HubError(f"base.revision: {revision}: {_revisions(name, revision)}") from error
+        raise HubError(f"{keys[1]}: {revision}: {_revisions(name, revision)}") from error
     except LocalEntryNotFoundError as error:
         raise HubError(f"{where}: {_unreached(error.__cause__)}") from error
     except (HfHubHTTPError, OSError) as error:
@@ -95,6 +101,17 @@ def check(name: str, folder: Path, needs: Collection[str], without: Collection[s
                     f"base.path: {name}: expected {part}/*.safetensors in full precision there, "
                     f"found {', '.join(others) or 'no weights'}; convert them, or take another base"
                 )
+
+
+def check_model(name: str, folder: Path, key: str) -> None:
+    """Raises HubError where a transformers model lacks its configuration or weights in safetensors."""
+    for file in ("config.json", "*.safetensors"):
+        if not list(folder.glob(file)):
+            others = [one for one in _others(name, folder.name, "") if "/" not in one]
+            raise HubError(
+                f"{key}: {name}: expected {file} there, found {', '.join(others) or 'nothing'}; "
+                "convert it, or take another model or revision"
+            )
 
 
 def _missing() -> str:

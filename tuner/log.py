@@ -15,12 +15,16 @@ import importlib
 import json
 import math
 import os
+import socket
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TextIO
+from unittest import mock
 
+from tuner.disk import writing
 from tuner.errors import UserError
 
 FILE = "metrics.jsonl"
@@ -86,18 +90,21 @@ class Log:
         if not main:
             return
         wandb_module = _import_wandb() if wandb is not None else None
-        output.mkdir(parents=True, exist_ok=True)
         path = output / FILE
         kept = _cut(path, resume_step) if resume_step is not None and path.exists() else b""
-        _replace(path, kept)
-        self._file = path.open("a", encoding="utf-8", newline="\n")
+        with writing(path):
+            output.mkdir(parents=True, exist_ok=True)
+            _replace(path, kept)
+            self._file = path.open("a", encoding="utf-8", newline="\n")
         if tensorboard:
             # here, because it takes a second to import and not every run asks for it
             from torch.utils.tensorboard import SummaryWriter
 
             first = 0 if resume_step is None else resume_step + 1
             make: Any = SummaryWriter
-            self._board = make(str(output / "tensorboard"), purge_step=first, flush_secs=30)
+            # It puts the machine's name into its file's, which is nobody's business whom the folder is given.
+            with mock.patch.object(socket, "gethostname", return_value="host"):
+                self._board = make(str(output / "tensorboard"), purge_step=first, flush_secs=30)
         if wandb_module is not None:
             self._wandb = _start_wandb(wandb_module, output, wandb, resume_step, config)
 
@@ -139,6 +146,18 @@ class Log:
         if self._wandb is not None:
             self._wandb.log({"event": text}, step=step)
 
+    def back(self, step: int, text: str) -> None:
+        """Go back to an earlier step, where the run goes on: the lines after it are cut; `text` says why."""
+        if self._file is None:
+            return
+        path = Path(self._file.name)
+        self._file.close()
+        _replace(path, _cut(path, step))
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+        # A run that is stopped right after this line, before its checkpoint, comes here again.
+        if (step, text) not in read(path).events:
+            self.event(step, text)
+
     def close(self) -> None:
         """Flush and close everything. Closing twice is allowed."""
         if self._file is not None:
@@ -154,13 +173,16 @@ class Log:
     def __enter__(self) -> Log:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # What was not written because the disk is full is written here again, and fails again.
+        with suppress(OSError) if kind is not None else nullcontext():
+            self.close()
 
     def _line(self, record: Mapping[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(_dump(record))
-        self._file.flush()
+        with writing(Path(self._file.name)):
+            self._file.write(_dump(record))
+            self._file.flush()
 
 
 def read(path: Path) -> Records:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,18 +13,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tuner import checkpoint, counted, optimiser, sample
+from tuner import checkpoint, counted, mend, optimiser, sample
 from tuner.batch import Batch
 from tuner.checkpoint import Parts, State
-from tuner.data.loader import Division, Feed, stream
-from tuner.data.plan import Plan, Slot
+from tuner.data.flow import EndedError, Flow, batches, begun
+from tuner.data.loader import Division, Feed, Waited
+from tuner.data.plan import Plan, Slot, Stages
 from tuner.ema import Ema
 from tuner.errors import UserError
 from tuner.evaluate.measures import probe
 from tuner.family import Family
+from tuner.guard import Diverged, Watch
 from tuner.log import Log
 from tuner.method import Card, Method
-from tuner.progress import Progress
+from tuner.progress import Progress, say
 from tuner.recipe import Recipe
 from tuner.signals import Stop
 from tuner.task import Task
@@ -32,6 +34,7 @@ from tuner.training import Train
 
 FLUSH = 10
 """Steps between two looks at the losses: each look waits for the device."""
+ENOUGH, WAITS = 100, 0.1  # steps, and the share of their time in which data is waited for, that is told
 
 
 class TrainingError(UserError):
@@ -48,7 +51,7 @@ class Run:
     family: Family
     methods: list[Method]
     task: Task
-    plan: Plan
+    plan: Plan | Stages | Flow
     data: Feed
     division: Division
     heldout: Feed | None
@@ -69,6 +72,21 @@ class Run:
         return sample.Previews(sampler, self.heldout, about.prompts, about.count)
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a run makes to train with."""
+
+    log: Log
+    task: nn.Module  # as accelerate prepared it
+    prepared: Any  # so the optimiser
+    averaging: optimiser.Averaging
+    parts: Parts
+    rates: list[float]  # the groups' learning rates, as the recipe has them
+    watch: Watch
+    meter: Meter
+    previews: sample.Previews | None
+
+
 def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
     """Train from `state` (None: from the start) to the run's last step.
 
@@ -76,8 +94,27 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
         False if the run was asked to stop before; a checkpoint is written then.
 
     Raises:
-        TrainingError: the loss or the gradient is no finite number.
+        TrainingError: the run went wrong (tuner/guard.py), and the recipe lets it end there.
     """
+    made = _make(run, log)
+    done = 0 if state is None else checkpoint.restore(state, made.parts)
+    if state is None and run.recipe.train.guard.policy == "back":
+        _keep(run, made, 0)
+    while True:
+        try:
+            finished = _steps(run, made, done, stop)
+            break
+        except Diverged as diverged:
+            done = _mend(run, made, diverged)
+    if finished:
+        if made.parts.ema is not None:
+            made.parts.ema.keep()
+        made.averaging.keep()
+        _settle(run, made)
+    return finished
+
+
+def _make(run: Run, log: Log) -> Made:
     recipe, accelerator = run.recipe.train, run.accelerator
     made = build_optimiser(run.methods, recipe)
     averaging = optimiser.Averaging(made)
@@ -86,45 +123,127 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
     )
     ema = None if recipe.ema is None else Ema(run.task.named_trained(), recipe.ema)
     task, prepared = accelerator.prepare(run.task, made)
-    parts = Parts(run.task, made, schedule, ema, accelerator.scaler)
-    start = 0 if state is None else checkpoint.restore(state, parts)
-    batches = stream(
-        run.data, run.plan, run.division, start, run.steps, run.workers, accelerator.device.type == "cuda"
+    watch = Watch(run.task, accelerator.scaler, recipe.guard.policy != "off")
+    parts = Parts(run.task, made, schedule, ema, accelerator.scaler, watch)
+    meter = Meter(accelerator, log, watch)
+    return Made(
+        log,
+        task,
+        prepared,
+        averaging,
+        parts,
+        [float(rate) for rate in schedule.base_lrs],
+        watch,
+        meter,
+        run.previews(),
     )
-    meter, previews = Meter(accelerator, log), run.previews()
+
+
+def _steps(run: Run, made: Made, start: int, stop: Stop) -> bool:
+    """Train from step `start` to the last one; False if asked to stop before.
+
+    Raises:
+        Diverged: the guard found something.
+    """
+    recipe, accelerator, parts, meter = run.recipe.train, run.accelerator, made.parts, made.meter
+    asked = (run.division, start, run.steps, run.workers, accelerator.device.type == "cuda")
+    with stop.at_once():  # nothing would be lost
+        coming = Waited(begun(batches(run.data, run.plan, *asked)))
+    meter.waits = coming.lately
     with Progress("training", run.steps, start) as progress:
         for done in range(start + 1, run.steps + 1):
-            loss, figures = _step(run, task, prepared, batches, done - 1)
-            meter.add(done, {"loss": loss, **figures}, float(schedule.get_last_lr()[0]))
-            schedule.step()
-            if ema is not None:
-                ema.update(done)
-            stopping = (done % FLUSH == 0 or accelerator.num_processes == 1) and stop.agreed(accelerator)
+            try:
+                loss, figures = _step(run, made, coming, done - 1)
+            except EndedError:
+                if accelerator.num_processes == 1 and done - 1 > start:  # others would have to know of it
+                    meter.flush(progress.images_per_second)
+                    meter.check_weights(done - 1)
+                    _keep(run, made, done - 1)
+                raise
+            meter.add(done, {"loss": loss, **figures}, float(parts.schedule.get_last_lr()[0]))
+            parts.schedule.step()
+            if parts.ema is not None:
+                parts.ema.update(done)
+            stopping = stop.agreed(accelerator)
+            keeping = stopping or done == run.steps or due(done, recipe.checkpoint.every)
             # Before a look, so that the log's lines come in the same order however often a run is stopped.
-            if done % FLUSH == 0 or done in (start + 1, run.steps) or stopping or looks(run, done):
+            if (
+                waits_for_nothing(accelerator)
+                or done % FLUSH == 0
+                or done == start + 1
+                or keeping
+                or looks(run, done)
+            ):
                 meter.flush(progress.images_per_second)
-            progress.update(done, meter.last, run.plan.batch_size)
+            if keeping:
+                meter.check_weights(done)
+            progress.update(done, meter.last, run.plan.pictures(done - 1))
             if looks(run, done):
-                with nullcontext() if ema is None else ema.swap(), averaging.swap():
-                    _settle(run, ema, averaging)
-                    _look(run, log, previews, done)
-            if stopping or done == run.steps or due(done, recipe.checkpoint.every):
-                meter.flush(progress.images_per_second)
-                checkpoint.write(
-                    run.output, done, parts, run.fingerprint, recipe.checkpoint.keep, accelerator
-                )
+                with nullcontext() if parts.ema is None else parts.ema.swap(), made.averaging.swap():
+                    _settle(run, made)
+                    _look(run, made, done)
+            if keeping:
+                _keep(run, made, done)
             if stopping and done < run.steps:
                 return False
-    if ema is not None:
-        ema.keep()
-    averaging.keep()
-    _settle(run, ema, averaging)
+    if run.steps - start >= ENOUGH and coming.all() > WAITS:
+        say(f"the steps waited {coming.all():.0%} of the time for data: raise data.workers ({run.workers})")
     return True
 
 
-def _settle(run: Run, ema: Ema | None, averaging: optimiser.Averaging) -> None:
+def _keep(run: Run, made: Made, done: int) -> None:
+    """Write a checkpoint."""
+    checkpoint.write(run.output, done, made.parts, run.fingerprint, run.recipe, run.accelerator)
+
+
+def _mend(run: Run, made: Made, diverged: Diverged) -> int:
+    """Go back to the last good checkpoint with a lower learning rate, as often as the recipe says.
+
+    The order of the data stays, and so does every random number: only the rate is another. The checkpoint is
+    written again with it, so that a run that is stopped afterwards continues with that rate, too.
+
+    Returns:
+        The step to go on from.
+
+    Raises:
+        TrainingError: the run has to end.
+    """
+    fault, about, watch, main = diverged.fault, run.recipe.train.guard, made.watch, run.accelerator
+    times, slowed = watch.times, watch.slowed
+    good = mend.last_good(run.output, fault)
+    step = None if good is None else checkpoint.restore(good, made.parts)
+    described = _describe(run, diverged, step) if fault.curable and main.is_main_process else ""
+    main.wait_for_everyone()  # all have read the checkpoint, and the batch is written down
+    if step is None or not fault.curable or about.policy != "back" or times >= about.times:
+        made.log.event(fault.step, f"stopped at step {fault.step}: {fault.what}")
+        precise = main.mixed_precision == "no"
+        raise TrainingError(mend.ending(fault, about.policy, precise, times, good, described))
+    watch.times, watch.slowed = times + 1, slowed * about.factor
+    mend.slow_down(made.parts.schedule, made.rates, watch.slowed)
+    happened = (
+        f"step {fault.step}: {fault.what}; went back to step {step} "
+        f"with the learning rate times {watch.slowed:g} ({watch.times} of {about.times})"
+    )
+    say(f"{happened}\n{described}")
+    if main.is_main_process:
+        made.log.back(step, happened)
+        checkpoint.drop_ahead(run.output, step)
+    _keep(run, made, step)
+    return step
+
+
+def _describe(run: Run, diverged: Diverged, weights: int | None) -> str:
+    """Write the bad batch down, with its losses under the weights of a step; says where."""
+    for method in run.methods:
+        method.train_mode(False)
+    losses = None if weights is None else run.accelerator
+    batch = mend.samples(run.task, run.data, run.plan, run.division, diverged.fault.since, losses)
+    return mend.write(run.output, diverged, batch, weights)
+
+
+def _settle(run: Run, made: Made) -> None:
     """Averages of weights, where there are some, are put where the weights have to stay, too."""
-    if ema is not None or averaging.kept:
+    if made.parts.ema is not None or made.averaging.kept:
         for method in run.methods:
             method.after_update()
 
@@ -136,12 +255,13 @@ def build_optimiser(methods: Sequence[Method], recipe: Train) -> torch.optim.Opt
         UserError: there is no such optimiser, or it does not take these options.
     """
     groups = [group for method in methods for group in method.groups(recipe.learning_rate)]
-    return optimiser.build(groups, **recipe.optimiser.resolved(), learning_rate=recipe.learning_rate)
+    try:
+        return optimiser.build(groups, **recipe.optimiser.resolved(), learning_rate=recipe.learning_rate)
+    except optimiser.OptimiserError as error:
+        raise UserError(f"train.optimiser: {error}") from error
 
 
-def _step(
-    run: Run, task: nn.Module, prepared: Any, batches: Iterator[Batch], step: int
-) -> tuple[Tensor, dict[str, Tensor]]:
+def _step(run: Run, made: Made, batches: Iterator[Batch], step: int) -> tuple[Tensor, dict[str, Tensor]]:
     """One optimiser step over all its micro-batches; this process's part of the loss, and the figures."""
     accelerator, accumulate = run.accelerator, run.division.accumulate
     for method in run.methods:
@@ -151,21 +271,29 @@ def _step(
     for micro in range(accumulate):
         batch = next(batches).to(accelerator.device)
         counted.seed_libraries(run.recipe.train.seed, step, micro, run.division.rank)
-        with accelerator.no_sync(task) if micro + 1 < accumulate else nullcontext():
-            loss, figures = task(batch)
+        with accelerator.no_sync(made.task) if micro + 1 < accumulate else nullcontext():
+            loss, figures = made.task(batch)
             # DDP takes the mean over processes; the loss is this process's part of the mean over the batch.
             accelerator.backward(loss * run.division.processes)
         total += loss.detach()
+    made.watch.gradients()
     for method in run.methods:
         method.before_update(step)
-    if run.recipe.train.clip is not None:
-        figures["gradient_norm"] = accelerator.clip_grad_norm_(run.task.trained(), run.recipe.train.clip)
-    prepared.step()
-    prepared.zero_grad()
+    made.watch.kept()
+    # Without a limit it is measured all the same: a gradient that is not finite is found here first.
+    most = math.inf if run.recipe.train.clip is None else run.recipe.train.clip
+    figures["gradient_norm"] = accelerator.clip_grad_norm_(run.task.trained(), most)
+    made.prepared.step()
+    made.prepared.zero_grad()
     for method in run.methods:
         method.after_update()
         figures |= method.figures()
     return total, figures
+
+
+def waits_for_nothing(accelerator: Accelerator) -> bool:
+    """Whether what a step reports can be looked at after each one, as it is there already."""
+    return bool(accelerator.num_processes == 1 and accelerator.device.type == "cpu")
 
 
 def due(done: int, every: int | None) -> bool:
@@ -184,9 +312,9 @@ def looks(run: Run, done: int) -> list[str]:
     return [name for name, is_due in wanted.items() if is_due]
 
 
-def _look(run: Run, log: Log, previews: sample.Previews | None, done: int) -> None:
+def _look(run: Run, made: Made, done: int) -> None:
     """Do what is due after a step besides training."""
-    recipe, wanted = run.recipe, looks(run, done)
+    recipe, wanted, log, previews = run.recipe, looks(run, done), made.log, made.previews
     for method in run.methods:
         method.train_mode(False)
     if "validation" in wanted:
@@ -227,40 +355,45 @@ def validate(run: Run, heldout: Feed) -> float:
 class Meter:
     """Collects what steps report and writes it in lots, so that the device is waited for seldom."""
 
-    def __init__(self, accelerator: Accelerator, log: Log) -> None:
-        self.accelerator, self.log = accelerator, log
+    def __init__(self, accelerator: Accelerator, log: Log, watch: Watch) -> None:
+        self.accelerator, self.log, self.watch = accelerator, log, watch
         self.rows: list[tuple[int, dict[str, Tensor], float]] = []
         self.last = math.nan
+        self.waits: Callable[[], float] = lambda: 0.0  # the share of the time in which batches are waited for
 
     def add(self, step: int, figures: dict[str, Tensor], learning_rate: float) -> None:
         """Keep a step's figures; tensors stay on the device."""
         self.rows.append((step, figures, learning_rate))
 
     def flush(self, speed: float) -> None:
-        """Write what was kept.
+        """Write what was kept, and judge it, a step after the other.
 
         Raises:
-            TrainingError: a loss or a gradient norm is not finite.
+            Diverged: the guard found something. The rows behind it are not written.
         """
         if not self.rows:
             return
-        names = list(self.rows[0][1])
+        rows, self.rows = self.rows, []
+        names, waits = list(rows[0][1]), self.waits()
         table = torch.stack(
-            [torch.stack([figures[n].detach().float() for n in names]) for _, figures, _ in self.rows]
+            [torch.stack([figures[n].detach().float() for n in names]) for _, figures, _ in rows]
         )
         summed = self.accelerator.reduce(table, "sum").cpu()
-        for (step, _, rate), values in zip(self.rows, summed.tolist(), strict=True):
+        for (step, _, rate), values in zip(rows, summed.tolist(), strict=True):
             row = dict(zip(names, values, strict=True))
-            others = {n: v / self.accelerator.num_processes for n, v in row.items() if n != "loss"}
-            self.log.scalars(
-                step, {"loss": row["loss"], **others, "learning_rate": rate, "images_per_second": speed}
-            )
+            row |= {n: v / self.accelerator.num_processes for n, v in row.items() if n != "loss"}
+            others = {"learning_rate": rate, "images_per_second": speed, "data_wait": waits}
+            self.log.scalars(step, {**row, **others})
             self.last = row["loss"]
-            if not all(math.isfinite(v) for v in row.values()):
-                wrong = ", ".join(f"{n} {v}" for n, v in row.items())
-                raise TrainingError(
-                    f"step {step}: no finite number ({wrong}). Training stopped; "
-                    "checkpoints before it are kept. Try a lower train.learning_rate, a warm-up "
-                    "(train.warmup), or train.precision: fp32."
-                )
-        self.rows.clear()
+            fault = self.watch.row(step, row, rate) or (self.watch.lot(step) if step == rows[-1][0] else None)
+            if fault is not None:
+                raise Diverged(fault, row)
+
+    def check_weights(self, step: int) -> None:
+        """Before they are written.
+
+        Raises:
+            Diverged: they are not finite.
+        """
+        if (fault := self.watch.weights(step)) is not None:
+            raise Diverged(fault, {})

@@ -37,15 +37,16 @@ def samples(prior: Prior, sampler: Sampler, place: Path | None) -> list[Sample]:
     Raises:
         UserError: there is no picture in `prior.source`, or no folder to draw into.
     """
+    key = next(f"method.{method.kind}.prior" for method in sampler.task.each() if method.prior is prior)
     if prior.source is not None:
         folder = Path(prior.source)
         found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and p.is_file())
         if not found:
-            raise UserError(f"method.full.prior.source: {folder}: no pictures there")
+            raise UserError(f"{key}.source: {folder}: no pictures there")
     elif place is None:
         raise UserError(
             "data.cache: found off, but class pictures are drawn into the cache: give it a folder, "
-            "or method.full.prior.source"
+            f"or {key}.source"
         )
     else:
         folder = place / "class" / _name(prior, sampler)

@@ -27,6 +27,15 @@ SMOOTHING = 0.98  # weight of the past in the shown loss: about 50 steps
 _display: RichProgress | None = None  # the one live display; bars inside bars are rows of it
 
 
+def _alone() -> None:
+    """In a forked process: the display is the other's, and its lock may be held for ever."""
+    global _display
+    _display = None
+
+
+os.register_at_fork(after_in_child=_alone)
+
+
 def say(text: str) -> None:
     """Print a line, above the bar where there is one."""
     if not _is_main():

@@ -71,6 +71,25 @@ class Recipe(Block):
                 )
                 yield Conflict((key, "data.heldout"), message)
 
+        yield from self._stage_conflicts()
+
+    def _stage_conflicts(self) -> Iterator[Conflict]:
+        """Stages that do not fill the run."""
+        stages, key = self.data.stages or [], "data.stages"
+        if not stages:
+            return
+        if self.train.steps is None:
+            message = "needs train.steps: a stage ends at a step, so epochs do not say how long the run is"
+            yield Conflict((key, "train.steps", "train.epochs"), message)
+            return
+        given = sum(stage.steps or 0 for stage in stages)
+        if stages[-1].steps is not None and given != self.train.steps:
+            message = f"found {given} steps, but train.steps is {self.train.steps}"
+            yield Conflict((key, "train.steps"), f"{message}; the last stage may be without steps")
+        elif stages[-1].steps is None and given >= self.train.steps:
+            message = f"found {given} steps before the last stage, of {self.train.steps} (train.steps) in all"
+            yield Conflict((key, "train.steps"), message)
+
     def resolved_yaml(self) -> str:
         """The whole recipe with every default written out, as YAML that loads again to an equal recipe."""
         text = io.StringIO()
@@ -89,25 +108,31 @@ class Recipe(Block):
         """What the trained tensors at a given step depend on, by dotted key.
 
         Left out are names and places, what only looks at the training (previews, measures, logs,
-        checkpoints), the number of loading processes, and, where the learning rate is constant, the run's
-        length: a longer run may continue a shorter one.
+        checkpoints), the number of loading processes, what changes the rounding alone (threads, how a batch
+        is divided), and, where the learning rate is constant, the run's length: a longer run may continue a
+        shorter one.
         """
         flat = dict(_flatten({key: part for key, part in self.resolved().items() if key in _DECISIVE}))
-        gone = set(_NOT_DECISIVE)
+        gone = set(MAY_CHANGE)
         if self.train.schedule == "constant":
             gone |= {"train.steps", "train.epochs"}
         return {key: value for key, value in flat.items() if not any(_under(key, other) for other in gone)}
 
 
 _DECISIVE = ("base", "method", "data", "objective", "train")
-_NOT_DECISIVE = (
+MAY_CHANGE = (
     "data.heldout",
     "data.cache",
     "data.workers",
     "train.resume",
     "train.checkpoint",
+    "train.guard",
     "train.threads",
+    "train.accumulate",
+    "train.deterministic",
+    "train.gradient_checkpointing",
 )
+"""Of these what a run that continues may change: the training is the same, but for rounding."""
 
 
 def _under(key: str, other: str) -> bool:
@@ -208,18 +233,26 @@ def json_schema() -> dict[str, Any]:
 
 
 def micro_batch(recipe: Recipe, processes: int) -> int:
-    """Pictures in one forward pass of one process.
+    """Pictures in one forward pass of one process; stages may have other numbers.
 
     Raises:
-        RecipeError: `train.batch_size` does not divide by processes times `train.accumulate`.
+        RecipeError: `train.batch_size` or a stage's does not divide by processes times `train.accumulate`.
     """
     assert processes >= 1
-    size, accumulate = recipe.train.batch_size, recipe.train.accumulate
-    passes = processes * accumulate
-    if size % passes == 0:
-        return size // passes
-    below = size // passes * passes
-    choices = [str(choice) for choice in (below, below + passes) if choice]
-    many = f"{processes} process{'es' if processes > 1 else ''} x {accumulate} (train.accumulate)"
-    message = f"found {size}, which {many} = {passes} forward passes cannot share evenly"
-    raise RecipeError([f"train.batch_size: {message}; choose {' or '.join(choices)}"])
+    passes = processes * recipe.train.accumulate
+    sizes = {"train.batch_size": recipe.train.batch_size}
+    for number, stage in enumerate(recipe.data.stages or []):
+        if stage.batch_size is not None:
+            sizes[f"data.stages.{number}.batch_size"] = stage.batch_size
+    problems = []
+    for key, size in sizes.items():
+        if size % passes:
+            below = size // passes * passes
+            choices = [str(choice) for choice in (below, below + passes) if choice]
+            many = f"{processes} process{'es' if processes > 1 else ''} x {recipe.train.accumulate} "
+            many += f"(train.accumulate) = {passes} forward passes"
+            message = f"found {size}, which {many} cannot share evenly"
+            problems.append(f"{key}: {message}; choose {' or '.join(choices)}")
+    if problems:
+        raise RecipeError(problems)
+    return recipe.train.batch_size // passes

@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from tuner import log, progress
 from tuner.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, line_chart, number
 from tuner.errors import UserError
+from tuner.export.files import write_whole
 
 HEAVY = 1_500_000  # bytes; a larger picture is inlined as JPEG
 LONG_SIDE = 2048  # pixels, of a picture inlined as JPEG
@@ -33,6 +34,7 @@ CHARTS = {  # the order of the charts, with title and unit; other scalars follow
     "validation_loss": ("Validation loss", ""),
     "learning_rate": ("Learning rate", ""),
     "images_per_second": ("Speed", "images/s"),
+    "data_wait": ("Share of the time in which data is waited for", ""),
 }
 STEP = re.compile(r"step-(\d+)$")
 EXACT = ("validation_loss", "learning_rate")  # drawn without smoothing: they carry no noise of the batch
@@ -87,10 +89,7 @@ def write(output: Path) -> Path:
     )
     page = templates.get_template("report.html.j2").render(_contents(output))
     path = output / "report.html"
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(page, encoding="utf-8", errors="backslashreplace")
-    beside.replace(path)
-    return path
+    return write_whole(path, page.encode("utf-8", errors="backslashreplace"))
 
 
 def _contents(output: Path) -> dict[str, Any]:
@@ -157,15 +156,16 @@ def _facts(recipe: Any, records: log.Records) -> list[tuple[str, str]]:
     base, source = _dig(recipe, "base"), _dig(recipe, "data", "source")
     sources = source if isinstance(source, list) else [source]
     used = records.scalars.get(SECONDS)
-    resolution = _dig(recipe, "data", "resolution")
-    sides = resolution if isinstance(resolution, list) else [resolution]
+    stages = _dig(recipe, "data", "stages") or [_dig(recipe, "data")]
+    resolutions = [found for stage in stages if (found := _dig(stage, "resolution"))]
+    sides = [" x ".join(map(str, one if isinstance(one, list) else [one])) for one in resolutions]
     facts = {
         "Method": " + ".join(METHODS.get(str(name), str(name)) for name in methods or [])
         if isinstance(methods, Mapping)
         else methods,
         "Base": _dig(base, "path") or base,
         "Data": ", ".join(str(_dig(one, "path") or one) for one in sources if one),
-        "Resolution": " x ".join(str(side) for side in sides) + " px" if resolution else None,
+        "Resolution": ", then ".join(sides) + " px" if sides else None,
         "Steps": _dig(recipe, "train", "steps"),
         "Epochs": _dig(recipe, "train", "epochs"),
         "Batch size": _dig(recipe, "train", "batch_size"),

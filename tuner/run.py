@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
-from tuner import build, checkpoint, device, loop, report, resume, sample, verify
+import torch
+
+from tuner import build, device, disk, loop, memory, report, resume, sample, surroundings, verify
+from tuner.disk import DiskError
 from tuner.errors import UserError
 from tuner.evaluate.measures import Look, measure, weights
 from tuner.export.files import write_whole
@@ -16,62 +20,104 @@ from tuner.log import FINISHED, Log
 from tuner.log import read as read_log
 from tuner.progress import say
 from tuner.recipe import Recipe
-from tuner.signals import Stop
+from tuner.signals import Stop, Stopped
 
 
 def train(recipe: Recipe) -> int:
     """Train a recipe: load, train, export, verify, evaluate, report.
 
     Returns:
-        The exit code: 0, or 130 after Ctrl-C (a checkpoint is written then).
+        The exit code: 0, also after SIGTERM or SIGUSR1, or 130 after Ctrl-C; while it trains a checkpoint is
+        written then.
 
     Raises:
         UserError: what the user can mend.
     """
+    output = Path(recipe.output)
+    disk.check_writable(output, "output")
+    surroundings.check(recipe)
+    with Stop() as stop:
+        try:
+            return _train(recipe, stop)
+        except Stopped:
+            return _stopped(recipe, stop)
+        except KeyboardInterrupt:
+            say(f"stopped at once. {resume.kept(output)}")
+            return 130
+        except DiskError as error:
+            raise DiskError(error.path, error.reason, resume.kept(output)) from error
+        except OSError as error:
+            if error.errno not in disk.OURS:
+                raise
+            place = error.filename or f"{output} or the cache"
+            raise UserError(f"{place}: {error.strerror}. {resume.kept(output)}") from error
+        except RuntimeError as error:
+            if stop.signal is not None:  # the processes that it talked to have stopped
+                return _stopped(recipe, stop)
+            if "deterministic" not in str(error) or not recipe.train.deterministic:
+                raise
+            raise UserError(f"train.deterministic: {str(error).splitlines()[0]}; set false") from error
+
+
+def _stopped(recipe: Recipe, stop: Stop) -> int:
+    """Say how a run that was asked to stop goes on; its exit code."""
+    say(f"stopped. {resume.kept(Path(recipe.output))}{_anew(recipe)}")
+    return 130 if stop.signal == signal.SIGINT else 0
+
+
+def _anew(recipe: Recipe) -> str:
+    if recipe.train.resume != "never":
+        return ""
+    return " Leave out train.resume=never, which would start anew."
+
+
+def _train(recipe: Recipe, stop: Stop) -> int:
+    """The run itself, which a signal ends at once but for the training."""
     started = time.monotonic()
-    accelerator = device.start(recipe.train.precision, recipe.train.threads)
-    if Path(recipe.output).exists() and not Path(recipe.output).is_dir():
-        raise UserError(f"output: {recipe.output} is a file; expected a folder, or nothing yet")
-    run = build.build(recipe, accelerator)
-    output = run.output
-    if resume.finished(run):
-        say(
-            f"{output}: finished before with this recipe, base and data; nothing to do. "
-            f"The report: {output / 'report.html'}"
-        )
-        return 0
-    state = resume.start_from(run)
-    if accelerator.is_main_process:
-        resume.clear(output, state)
-        write_whole(output / "recipe.yaml", recipe.resolved_yaml())
-        write_whole(output / "versions.json", json.dumps(build.versions(), indent=2))
-        if run.data.left_out:
-            write_whole(output / "left_out.txt", "\n".join(run.data.left_out) + "\n")
-    accelerator.wait_for_everyone()
-    done_before = None if state is None else state.step
-    config = recipe.resolved()
-    with Log(
-        output, recipe.log.tensorboard, recipe.log.wandb, accelerator.is_main_process, done_before, config
-    ) as log:
-        with Stop() as stop:
-            done = loop.train(run, log, state, stop)
+    with stop.at_once():
+        about = recipe.train
+        accelerator = device.start(about.precision, about.threads, about.deterministic)
+        run = build.build(recipe, accelerator)
+        output = run.output
+        if resume.finished(run):
+            say(
+                f"{output}: finished before with this recipe, base and data; nothing to do. "
+                f"The report: {output / 'report.html'}"
+            )
+            return 0
+        state = resume.start_from(run)
+        resume.check_room(run, state)
         if accelerator.is_main_process:
-            if done:
-                _finish(run, log)
-            records = read_log(output / METRICS)
-            before = sum(seconds for _, seconds in records.scalars.get("seconds", [])[-1:])
-            log.scalars(records.last_step, {"seconds": before + time.monotonic() - started})
-            if done:
-                log.event(run.steps, FINISHED)
-    if accelerator.is_main_process:
-        page = report.write(output)
-        if done:
-            write_whole(output / resume.DONE, json.dumps(resume.summary(run), indent=2, sort_keys=True))
-            say(f"finished in {time.monotonic() - started:.0f} s: {page}")
-        else:
-            say(f"stopped; the same command continues from the checkpoint in {output / checkpoint.FOLDER}")
-    accelerator.wait_for_everyone()
-    return 130 if not done and stop.signal == signal.SIGINT else 0
+            resume.clear(output, state)
+            write_whole(output / "recipe.yaml", recipe.resolved_yaml())
+            write_whole(output / "versions.json", json.dumps(build.versions(), indent=2))
+            if run.data.left_out:
+                write_whole(output / "left_out.txt", "\n".join(run.data.left_out) + "\n")
+        accelerator.wait_for_everyone()
+    done_before = None if state is None else state.step
+    main = accelerator.is_main_process
+    with Log(output, recipe.log.tensorboard, recipe.log.wandb, main, done_before, recipe.resolved()) as log:
+        done = loop.train(run, log, state, stop)
+        with stop.at_once() if done else nullcontext():
+            if main:
+                _end(run, log, done, started)
+            accelerator.wait_for_everyone()
+    return 0 if done else _stopped(recipe, stop)
+
+
+def _end(run: loop.Run, log: Log, done: bool, started: float) -> None:
+    """Export and measure what came to its end; the report of what did not, too."""
+    if done:
+        _finish(run, log)
+    records = read_log(run.output / METRICS)
+    before = sum(seconds for _, seconds in records.scalars.get("seconds", [])[-1:])
+    log.scalars(records.last_step, {"seconds": before + time.monotonic() - started})
+    if done:
+        log.event(run.steps, FINISHED)
+    page = report.write(run.output)
+    if done:
+        write_whole(run.output / resume.DONE, json.dumps(resume.summary(run), indent=2, sort_keys=True))
+        say(f"finished in {time.monotonic() - started:.0f} s: {page}")
 
 
 def _finish(run: loop.Run, log: Log) -> None:
@@ -79,7 +125,7 @@ def _finish(run: loop.Run, log: Log) -> None:
     say("exporting")
     files = export(run)
     told = read_log(run.output / METRICS).events  # by an attempt that did not come to its end
-    for line in verify.check(run.family, run.methods, files, run.card):
+    for line in _proved(run, files):
         say(f"verified: {line}")
         if (run.steps, f"verified: {line}") not in told:
             log.event(run.steps, f"verified: {line}")
@@ -96,6 +142,21 @@ def _finish(run: loop.Run, log: Log) -> None:
             log.measures(name, values)
             if "verdict" in values:
                 say(f"{name}: {values['verdict']}")
+
+
+def _proved(run: loop.Run, files: list[Path]) -> list[str]:
+    """What is proved of the exports, line by line."""
+    place = memory.place_of_proof(run.recipe, run.accelerator)
+    _move(run, place)
+    try:
+        return verify.check(run.family, run.methods, files, run.card)
+    finally:
+        _move(run, run.accelerator.device)
+
+
+def _move(run: loop.Run, device: torch.device) -> None:
+    run.family.to(device)
+    run.task.to(device)
 
 
 def export(run: loop.Run) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from tuner.data.captions import CaptionRule
 from tuner.data.conditions import values
 from tuner.data.loader import Feed
 from tuner.data.plan import Slot
+from tuner.export.files import write_whole
 from tuner.task import Task
 
 if TYPE_CHECKING:
@@ -161,11 +163,17 @@ class Previews:
             columns |= {"base alone": self._base}
         adapted = self.sampler.pictures(self.prompts, self.conditions)
         columns |= {"adapted": adapted}
-        place.parent.mkdir(parents=True, exist_ok=True)
-        sheet(columns, self.prompts).save(place)
+        write_png(place, sheet(columns, self.prompts))
         about = {"prompts": self.prompts, "columns": list(columns), "seed": self.sampler.seed}
-        place.with_suffix(".json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+        write_whole(place.with_suffix(".json"), json.dumps(about, indent=2))
         return adapted
+
+
+def write_png(place: Path, image: Image.Image) -> Path:
+    """Write a picture so that it appears whole. Returns `place`."""
+    made = io.BytesIO()
+    image.save(made, "PNG")
+    return write_whole(place, made.getvalue())
 
 
 def sheet(columns: dict[str, list[Picture]], rows: Sequence[str], scale: int = 1) -> Image.Image:

@@ -39,15 +39,7 @@ _PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_pr
 _SD2_BIAS = f"{_UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _SD2_SPREAD = 0.09  # ComfyUI's border between the two (comfy/supported_models.py, SD20.model_type)
 
-# What else a file can be, by its first bytes and by its keys; the first that fits.
-_PICKLE = "a pickle (.ckpt, .pt), which can run any code when it is read; convert it to .safetensors"
-_MAGIC = {
-    b"PK\x03\x04": _PICKLE,
-    b"\x80": _PICKLE,
-    b"GGUF": "a GGUF file, quantised for inference",
-    b"version https://git-lfs": "a Git LFS pointer; the file itself was not downloaded",
-    b"<": "a web page, not the download",
-}
+# What else a file can be, by its keys; the first that fits.
 _KINDS = {
     r"lora_(up|down|A|B)\b|lora\.(up|down)\.|\.hada_w|\.lokr_w|\.dora_scale": "a LoRA (or LoHa, LoKr)",
     r"^control_model\.|^input_hint_block\.|^zero_convs\.|^controlnet_": "a ControlNet",
@@ -222,17 +214,13 @@ def write_tokenizer(source: Path, folder: Path) -> None:
 def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Shapes by key, and metadata."""
     try:
-        with path.open("rb") as file:
-            start = file.read(32)
-        whole = start[8:9] == b"{"  # behind the header's length, whose bytes can look like anything
-        for magic, phrase in {} if whole else _MAGIC.items():
-            if start.startswith(magic):
-                raise UserError(f"{path} is {phrase}; expected a .safetensors checkpoint")
+        if (other := components.other_kind(path)) is not None:
+            raise UserError(f"{path} is {other}; expected a .safetensors checkpoint")
         with safe_open(path, framework="pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
             return shapes, dict(opened.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole .safetensors file: {error}") from error
+        raise UserError(f"{path}: not a whole .safetensors file: {error}; download it again") from error
 
 
 def _family(path: Path, shapes: Shapes) -> str:

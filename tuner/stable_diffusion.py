@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tuner import attention, components
 from tuner.errors import UserError
 from tuner.family import Cond, Control, Family, Moments, Options
+from tuner.progress import say
 from tuner.text import Reading, Text, Tokens, extra_rows, layers, read, tokenize
 
 DECODED = 1024 * 1024
@@ -108,8 +109,9 @@ class StableDiffusion(Family):
             else:
                 networks[name] = components.load(name, place, options.dtype(name))
         places = {name: folder / tokenizer_name(name) for name in cls.ENCODERS if name in networks}
-        tokenizers = {name: CLIPTokenizer.from_pretrained(place) for name, place in places.items()}
-        scheduler = dict(DDPMScheduler.from_pretrained(folder / "scheduler").config)
+        plain, words = components.without_weights, "vocab.json or tokenizer.json"
+        tokenizers = {name: plain(CLIPTokenizer, place, words) for name, place in places.items()}
+        scheduler = dict(plain(DDPMScheduler, folder / "scheduler", "scheduler_config.json").config)
         return cls(networks, tokenizers, scheduler, options, folder)
 
     def _is_inpainting(self, unet: Any) -> bool:
@@ -118,12 +120,20 @@ class StableDiffusion(Family):
         if found not in (latent, 2 * latent + 1):
             raise UserError(
                 f"unet/config.json: in_channels {found}; expected {latent}, "
-                f"or {2 * latent + 1} of an inpainting base"
+                f"or {2 * latent + 1} of an inpainting base; is base.vae that of another family?"
             )
         return found != latent
 
     def _check_text(self) -> None:
-        """Raises UserError where the text encoders lack the layer that is read, or have a wrong width."""
+        """Raises UserError where the text encoders lack a layer or a word's row, or have a wrong width."""
+        for name, tokenizer in self.tokenizers.items():
+            rows = self.embedding(name).num_embeddings
+            if len(tokenizer) > rows:
+                place = "" if self.folder is None else f"{self.folder / tokenizer_name(name)}: "
+                raise UserError(
+                    f"{place}the tokeniser has {len(tokenizer)} tokens, but the {name} has {rows} rows "
+                    "for them; expected the files of one base"
+                )
         for name, encoder in self.text_encoders.items():
             have = layers(encoder)[1] + self.CUT_LAYERS
             if not self.CUT_LAYERS < self._layer <= have:
@@ -185,8 +195,12 @@ class StableDiffusion(Family):
         for tokenizer in self.tokenizers.values():
             vocabulary = tokenizer.get_vocab()
             for name in names:
-                if name in vocabulary:
-                    raise UserError(f"the token {name} is in the base's vocabulary already; choose another")
+                if name in vocabulary or f"{name.lower()}</w>" in vocabulary:
+                    # It would be read as the new word wherever it stands, within other words too.
+                    raise UserError(
+                        f"method.textual_inversion.token: the token {name} is in the base's vocabulary "
+                        f"already; choose another, such as <{name.strip('<>').removesuffix('</w')}>"
+                    )
         ids: dict[str, list[int]] = {}
         for encoder, tokenizer in self.tokenizers.items():
             tokenizer.add_tokens(list(names))
@@ -195,12 +209,31 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Moments:
-        vae = self.networks["vae"]
         with torch.autocast(pixels.device.type, enabled=False):
-            posterior = vae.encode(pixels.float()).latent_dist
-            shift = getattr(vae.config, "shift_factor", None) or 0.0
-            scale = vae.config.scaling_factor
-            return Moments((posterior.mean - shift) * scale, posterior.std * scale)
+            found = self._moments(pixels)
+            if self._vae_overflowed(found):
+                found = self._moments(pixels)
+            return found
+
+    def _moments(self, pixels: Tensor) -> Moments:
+        vae = self.networks["vae"]
+        posterior = vae.encode(pixels.to(_dtype(vae))).latent_dist
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        scale = vae.config.scaling_factor
+        return Moments((posterior.mean.float() - shift) * scale, posterior.std.float() * scale)
+
+    def _vae_overflowed(self, made: Sequence[Tensor]) -> bool:
+        """Whether an autoencoder that was handed over in half precision made numbers that are not finite.
+
+        It is moved to float32 for good then: SDXL's own overflows in float16. What this project loads is held
+        in float32 from the start, and is not waited for.
+        """
+        vae = self.networks["vae"]
+        if _dtype(vae) == torch.float32 or all(bool(one.isfinite().all()) for one in made):
+            return False
+        say(f"the autoencoder overflows in {str(_dtype(vae)).removeprefix('torch.')}; it goes on in float32")
+        vae.float()
+        return True
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -210,8 +243,13 @@ class StableDiffusion(Family):
         with torch.autocast(latents.device.type, enabled=False):
             shift = getattr(vae.config, "shift_factor", None) or 0.0
             scaled = latents.float() / vae.config.scaling_factor + shift
-            parts = [vae.decode(part).sample for part in scaled.split(max(1, DECODED // pixels))]
-            return torch.cat(parts)
+
+            def decode() -> list[Tensor]:
+                parts = scaled.to(_dtype(vae)).split(max(1, DECODED // pixels))
+                return [vae.decode(part).sample.float() for part in parts]
+
+            made = decode()
+            return torch.cat(decode() if self._vae_overflowed(made) else made)
 
     def inpaint(self, pixels: Tensor, hole: Tensor) -> Tensor:
         """As diffusers' inpainting pipelines make it, but with the posterior's mean instead of a draw."""

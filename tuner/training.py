@@ -166,6 +166,34 @@ class Checkpoint(Block):
         None, description="optimiser steps between two; null: at the end and when stopped"
     )
     keep: Positive = Field(2, description="how many of the newest are kept")
+    keep_every: Positive | None = Field(
+        None, description="those at multiples of so many steps are kept for good; null: none"
+    )
+    keep_hours: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="those written within so many hours are kept too; null: none"
+    )
+
+
+class Guard(Block):
+    """What a run does when it goes wrong; what is looked for: tuner/guard.py."""
+
+    short: ClassVar[str | None] = "policy"
+
+    policy: Literal["stop", "back", "off"] = Field(
+        "stop",
+        description="stop: with the last good checkpoint kept; back: go on from that checkpoint (or from the "
+        "start) with a lower learning rate; off: only numbers that are not finite stop the run",
+    )
+    times: Positive = Field(2, description="with back: how often, at most; then it stops")
+    factor: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="with back: every learning rate is multiplied by this, each time"
+    )
+
+    def unused(self) -> dict[str, str]:
+        """What only going back needs."""
+        if self.policy == "back":
+            return {}
+        return dict.fromkeys(("times", "factor"), f"it belongs to policy back, and policy is {self.policy}")
 
 
 class Train(Block):
@@ -205,6 +233,12 @@ class Train(Block):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
         "auto", description="what is computed in; auto: bf16 where the hardware has it, else fp32"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="keep less of the forward pass and compute it again: less memory, more time"
+    )
+    deterministic: bool = Field(
+        False, description="on a GPU the same bits every time, at some cost; the CPU's are so anyway"
+    )
     threads: Positive | None = Field(
         None, description="CPU threads of a process; null: its share of the cores"
     )
@@ -212,6 +246,7 @@ class Train(Block):
         "auto", description="auto: from the output's newest checkpoint; never; or a checkpoint"
     )
     checkpoint: Checkpoint = Field(Checkpoint(), description="when checkpoints are written")
+    guard: Guard = Field(Guard(), description="what happens when training goes wrong")
 
     def unused(self) -> dict[str, str]:
         """Numbers that belong to a schedule that was not chosen."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,10 @@ from tuner.errors import UserError, few
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT = {"str", "timestamp", "merge", "value"}  # the last three are YAML 1.1's; here they are text
+LARGEST = 2**20
+"""Bytes of a recipe; what is larger is another file, and not read."""
+MOST = 100_000
+"""Values in a recipe, each use of an alias counted: a few lines of them could stand for billions."""
 
 
 class Place(NamedTuple):
@@ -127,13 +132,18 @@ def _text(path: Path, whole: Place) -> str:
         hint = f"; it holds: {few(path.name, inside)}" if inside else ""
         raise RecipeError([Problem(whole, (), f"is a folder, expected a recipe file{hint}")])
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            message = f"{size} bytes are more than the {LARGEST} of a recipe; expected a YAML recipe"
+            raise RecipeError([Problem(whole, (), message)])
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise RecipeError([Problem(whole, (), f"no such file{_near_files(path)}")]) from None
     except OSError as error:
         raise RecipeError([Problem(whole, (), f"cannot be read: {error.strerror}")]) from None
     except UnicodeDecodeError as error:
+        wide = path.read_bytes()[:2] in (BOM_UTF16_LE, BOM_UTF16_BE)
         message = f"is not text (byte {error.start} is not UTF-8), expected a YAML recipe"
+        message = "is text in UTF-16, expected a YAML recipe; save it as UTF-8" if wide else message
         raise RecipeError([Problem(whole, (), message)]) from None
 
 
@@ -170,13 +180,21 @@ class _Builder:
     def __init__(self, document: Document) -> None:
         self.document = document
         self.constructor = _yaml().constructor
+        self.count = 0
 
     def build(self, node: Node, key: Key, above: tuple[Node, ...]) -> Any:
         """`above` holds the nodes that this one lies in, since an alias can point back to one of them."""
         line = self.document.line(node.start_mark.line + 1)
+        self.count += 1
+        if self.count > MOST:
+            message = f"holds more than {MOST} values, aliases written out; write it without them"
+            raise RecipeError([Problem(line, key, message)])
         if any(node is other for other in above):
             self.document.fail(line, key, "refers to itself")
             return None
+        tag = str(node.tag)
+        if not isinstance(node, ScalarNode) and tag not in (f"{_TAG}map", f"{_TAG}seq"):
+            self.document.fail(line, key, f"found the tag {tag}; tags are not used in recipes")
         if isinstance(node, MappingNode):
             return self._mapping(node, key, (*above, node))
         if isinstance(node, SequenceNode):
@@ -207,6 +225,9 @@ class _Builder:
     def _scalar(self, node: ScalarNode, key: Key) -> Any:
         place = self.document.place(key)
         kind = str(node.tag).removeprefix(_TAG)
+        if "\0" in str(node.value):
+            self.document.fail(place, key, "found a zero character (\\0), which no name and no text has")
+            return node.value.replace("\0", "")
         if kind in _TEXT:
             return node.value
         if kind not in ("int", "float", "bool", "null"):

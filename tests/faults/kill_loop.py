@@ -5,27 +5,28 @@
 
 Each round draws its settings (accumulation, average, caches, workers) and does the same run twice: once
 alone, once killed (`kill -9`, the whole process group) several times: while the caches are written, during a
-step, during a checkpoint, during the export. What is compared is every file of the export and the trained
-tensors of the last checkpoint. A tiny random base is made first; the exit code is 1 if any round differs.
+step, in the middle of an accumulation, during a checkpoint, during the export. What is compared is every file
+of the export and the trained tensors of the last checkpoint. A tiny random base is made first; the exit code
+is 1 if any round differs. Runs are processes of their own, forked off this one after its imports (starts.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
-import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, EVERY = 24, 4
@@ -52,11 +53,12 @@ class Ground:
     method: str
     processes: int
     folder: Path
+    starts: Any  # tests/faults/starts.py
 
     def command(self, output: Path, settings: dict[str, str]) -> list[str]:
-        """The command line of a run."""
+        """The arguments of a run."""
         recipe, split, own = METHODS[self.method]
-        values = settings | {
+        values = {
             "base": str(self.folder / "base"),
             "data.source": str(self.folder / split),
             "data.heldout": "[]",
@@ -74,13 +76,11 @@ class Ground:
             "export.name": "killed",
             "output": str(output),
         }
-        if self.method != "full":
+        values |= {key: value for key, value in settings.items() if key != "data.cache"}
+        if self.method != "full" and "evaluate.samples" not in settings:
             values["evaluate.samples"] = "0"
-        start = [sys.executable]
-        if self.processes > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(self.processes)]
         overrides = [f"{key}={value}" for key, value in values.items()]
-        return [*start, str(ROOT / "tuner/train.py"), str(ROOT / "recipes" / recipe), *overrides, *own]
+        return [str(ROOT / "recipes" / recipe), *own, *overrides]
 
 
 def main() -> int:
@@ -91,12 +91,14 @@ def main() -> int:
     parser.add_argument("--method", choices=sorted(METHODS), required=True)
     parser.add_argument("--kills", type=int, default=25, help="how many in all")
     parser.add_argument("--seed", type=int, default=0, help="of the settings and the moments")
-    parser.add_argument("--processes", type=int, default=1, help="of torchrun")
+    parser.add_argument("--processes", type=int, default=1, help="that train together")
     asked = parser.parse_args()
     if asked.kills < 1 or asked.processes < 1:
         parser.error("--kills and --processes: expected at least 1")
+    starts = module("starts", Path(__file__).with_name("starts.py"))
+    assert starts.warm() > 100
     with tempfile.TemporaryDirectory(prefix="kill-loop-") as folder:
-        ground = Ground(asked.method, asked.processes, Path(folder))
+        ground = Ground(asked.method, asked.processes, Path(folder), starts)
         prepare(ground)
         return loop(ground, asked.kills, random.Random(f"{asked.seed} {asked.method} {asked.processes}"))
 
@@ -113,10 +115,10 @@ def prepare(ground: Ground) -> None:
 
 def module(name: str, place: Path) -> ModuleType:
     """A file as a module."""
-    spec = importlib.util.spec_from_file_location(name, place)
+    spec = importlib.util.spec_from_file_location(f"tuner_fault_{name}", place)
     assert spec is not None and spec.loader is not None
     made = importlib.util.module_from_spec(spec)
-    sys.modules[name] = made
+    sys.modules[spec.name] = made  # where dataclasses look their annotations up
     spec.loader.exec_module(made)
     return made
 
@@ -130,11 +132,15 @@ def loop(ground: Ground, kills: int, chance: random.Random) -> int:
         place = ground.folder / f"round-{rounds}"
         alone = run_alone(ground, place / "alone", settings)
         seen = run_killed(ground, place / "killed", settings, min(left, chance.randint(3, 6)), chance)
-        same = alone == contents(place / "killed" / "out")
+        left_over = contents(place / "killed" / "out")
+        other = [n for n in sorted(alone.keys() | left_over.keys()) if alone.get(n) != left_over.get(n)]
+        same = not other
         rounds, equal, left = rounds + 1, equal + same, left - len(seen)
         moments.update(seen)
         about = ", ".join(f"{key.split('.')[1]} {value}" for key, value in settings.items())
         print(f"round {rounds}: {about}; killed during {', '.join(seen)}: {'equal' if same else 'DIFFERS'}")
+        for name in other:
+            print(f"  differs: {name} in {place}")
         sys.stdout.flush()
     during = ", ".join(f"{count} during {name}" for name, count in moments.most_common())
     print(f"{ground.method}, {ground.processes} process(es): {kills} kills ({during});")
@@ -144,8 +150,7 @@ def loop(ground: Ground, kills: int, chance: random.Random) -> int:
 
 def run_alone(ground: Ground, place: Path, settings: dict[str, str]) -> dict[str, str]:
     """The run without a kill; what it left."""
-    done = launch(ground, place, settings)
-    code = done.wait(timeout=PATIENCE)
+    code = launch(ground, place, settings).wait(PATIENCE)
     if code:
         sys.exit(f"the run that nothing disturbed ended with {code}:\n{(place / 'printed.txt').read_text()}")
     return contents(place / "out")
@@ -158,54 +163,47 @@ def run_killed(
 
     Moments are taken in the order in which a run comes to them, so that none is passed before its turn.
     """
-    names = [name for name in MOMENTS if name != "caches" or settings["data.cache"] == "on"]
-    wanted = sorted((chance.choice(names) for _ in range(kills)), key=names.index)
+    unfit = {"caches"} if settings["data.cache"] == "off" else set()
+    unfit |= {ACCUMULATION} if settings["train.accumulate"] == "1" else set()
+    names = [name for name in (*MOMENTS, ACCUMULATION) if name not in unfit]
+    order = ["caches", ACCUMULATION, *MOMENTS]
+    wanted = sorted((chance.choice(names) for _ in range(kills)), key=order.index)
+    inside = sorted(chance.randrange(STEPS - 1) for name in wanted if name == ACCUMULATION)
     seen: list[str] = []
     for name in wanted:
-        running = launch(ground, place, settings)
-        if struck(running, MOMENTS[name](place), chance):
-            seen.append(name)
-    code = launch(ground, place, settings).wait(timeout=PATIENCE)
+        if name == ACCUMULATION:
+            hook = [["in_accumulation", inside.pop(0), chance.uniform(0, 0.05)]]
+            if launch(ground, place, settings, hook).wait(PATIENCE) == -signal.SIGKILL:
+                seen.append(name)
+        else:
+            ready = MOMENTS[name](place)
+            if struck(launch(ground, place, settings), ready, chance):
+                seen.append(name)
+    code = launch(ground, place, settings).wait(PATIENCE)
     if code:
         sys.exit(f"continuing ended with {code}:\n{(place / 'printed.txt').read_text()}")
     return seen
 
 
-def launch(ground: Ground, place: Path, settings: dict[str, str]) -> subprocess.Popen[bytes]:
+def launch(ground: Ground, place: Path, settings: dict[str, str], hooks: Sequence[Any] = ()) -> Any:
     """A run in a process group of its own, what it prints beside its output."""
-    place.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NO_COLOR": "1"}
-    with (place / "printed.txt").open("ab") as printed:
-        return subprocess.Popen(
-            ground.command(place / "out", settings),
-            env=env,
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    command = ground.command(place / "out", settings)
+    return ground.starts.Start(command, ground.processes, place / "printed.txt", hooks)
 
 
-def struck(
-    running: subprocess.Popen[bytes], ready: Callable[[], float | None], chance: random.Random
-) -> bool:
+def struck(running: Any, ready: Callable[[], float | None], chance: random.Random) -> bool:
     """Kill as soon as the moment has come and a random part of its length is over; False: it ended before."""
     until = time.monotonic() + PATIENCE
     while (length := ready()) is None and running.poll() is None and time.monotonic() < until:
         time.sleep(0.001)
     if length is not None:
         time.sleep(chance.uniform(0, length))
-    early = running.poll() is not None
-    if not early:
-        os.killpg(running.pid, signal.SIGKILL)
-    running.wait(timeout=PATIENCE)
-    return not early
+    running.send(signal.SIGKILL)
+    return bool(running.wait(PATIENCE) == -signal.SIGKILL)
 
 
 def _caches(place: Path) -> Callable[[], float | None]:
-    def ready() -> float | None:
-        return 0.05 if (place / "cache" / "latents").is_dir() else None
-
-    return ready
+    return _fresh(place / "cache" / "latents", "*", 0.05)
 
 
 def _step(place: Path) -> Callable[[], float | None]:
@@ -218,19 +216,26 @@ def _step(place: Path) -> Callable[[], float | None]:
 
 
 def _checkpoint(place: Path) -> Callable[[], float | None]:
-    def ready() -> float | None:
-        return 0.02 if any((place / "out" / "checkpoints").glob(".step-*.writing")) else None
-
-    return ready
+    return _fresh(place / "out" / "checkpoints", ".step-*.writing", 0.02)
 
 
 def _export(place: Path) -> Callable[[], float | None]:
-    last = place / "out" / "checkpoints" / f"step-{STEPS:07d}"
+    return _fresh(place / "out" / "export", "**/.*.partial", 0.3)
 
-    def ready() -> float | None:
-        return 0.5 if last.is_dir() else None
 
-    return ready
+def _fresh(folder: Path, pattern: str, length: float) -> Callable[[], float | None]:
+    """Ready as soon as there is something of a name that was not there: kills leave some behind."""
+
+    def there() -> set[tuple[str, int, int]]:
+        found = set()
+        for path in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                about = path.stat()
+                found.add((str(path), about.st_ino, about.st_ctime_ns))
+        return found
+
+    before = there()
+    return lambda: length if there() - before else None
 
 
 MOMENTS: dict[str, Callable[[Path], Callable[[], float | None]]] = {
@@ -240,6 +245,7 @@ MOMENTS: dict[str, Callable[[Path], Callable[[], float | None]]] = {
     "the export": _export,
 }
 """In the order in which a run comes to them; how long each lasts, in seconds, once it has begun."""
+ACCUMULATION = "an accumulation"
 
 
 def _size(file: Path) -> int:

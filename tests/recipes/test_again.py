@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tuner import loop
+from tuner import device, loop
 from tuner.log import read
 
 Digests = Callable[[Path], dict[str, str]]
@@ -65,11 +67,26 @@ def test_another_run_is_refused(
     assert tiny.start(RECIPE, made, **changed) == 2
     told = capsys.readouterr().err.splitlines()
     assert told[0].endswith("step-0000002 belongs to another run:")
-    assert told[1:] == [
-        f"  {line}",
-        "Choose another output, or start anew there with train.resume=never.",
-    ]
+    assert told[1] == f"  {line}" and len(told) == 4 + (changed.keys() == {"train.steps"})
+    assert told[-2].startswith(
+        "May change: train.steps and train.epochs (where train.schedule is constant), "
+    )
+    assert told[-1] == "Choose another output, or start anew there with train.resume=never."
     assert digests(made) == before
+
+
+def test_what_is_not_in_the_way_is_told_too(
+    tiny: Any, made: Path, no_training: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = {"train.seed": 1, "train.precision": "bf16", "preview.every": 0, "train.threads": 2}
+    assert tiny.start(RECIPE, made, **more) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert told[1:-2] == [
+        "  precision: the checkpoint has 'fp32', the run 'bf16'",
+        "  train.precision: the checkpoint has 'fp32', the run 'bf16'",
+        "  train.seed: the checkpoint has 0, the run 1",
+        "Not in the way: preview.every 1 -> 0, train.threads 1 -> 2.",
+    ]
 
 
 def test_other_data_is_refused(
@@ -124,9 +141,73 @@ def test_more_steps_continue_a_finished_run(
     # The learning rate is constant: a run of three steps begins as one of two.
     output = copied(made, tmp_path)
     assert tiny.start(RECIPE, output, train__steps=3) == 0
-    assert "(2 of 3 steps are done)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "(2 of 3 steps are done)" in said
+    assert "changed since, as may be: " in said and "train.steps 2 -> 3" in said
+    assert "the result will be, bit for bit, that of a run that was not stopped" in said
     assert tiny.start(RECIPE, tmp_path / "whole", train__steps=3) == 0
     assert digests(output)[EXPORT] == digests(tmp_path / "whole")[EXPORT] != digests(made)[EXPORT]
+
+
+@pytest.mark.parametrize(
+    "changed, line",
+    [
+        ({"train.threads": 2}, "threads were 1 and are 2 (train.threads)"),
+        (
+            {"train.accumulate": 2},
+            "the batch was divided by 1 x 1 (processes x train.accumulate) and is by 1 x 2",
+        ),
+    ],
+)
+def test_what_changes_the_rounding_goes_on_and_is_told(
+    tiny: Any, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: Any, line: str
+) -> None:
+    output = copied(made, tmp_path)
+    assert tiny.start(RECIPE, output, train__steps=3, evaluate__samples=0, **changed) == 0
+    said = capsys.readouterr().out
+    assert f"equal to a run that was not stopped within rounding, not bit for bit: {line}" in said
+    assert "the result will be, bit for bit" not in said
+
+
+def test_other_code_is_told(
+    tiny: Any,
+    made: Path,
+    tmp_path: Path,
+    no_training: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tuner import build, resume
+
+    monkeypatch.setattr(resume, "code_digest", lambda: "other")
+    versions = build.versions()
+    monkeypatch.setattr(build, "versions", lambda: {**versions, "torch": "9"})
+    with pytest.raises(AssertionError, match="it trains"):
+        tiny.start(RECIPE, copied(made, tmp_path), train__steps=3)
+    said = capsys.readouterr().out
+    assert "not bit for bit: the code of tuner is another; torch was " in said and " and is 9" in said
+
+
+def test_never_starts_a_finished_run_anew(tiny: Any, made: Path, tmp_path: Path, no_training: None) -> None:
+    output = copied(made, tmp_path)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="it trains"):
+            tiny.start(RECIPE, output, train__resume="never")
+        assert not list((output / "checkpoints").iterdir())
+
+
+def test_the_same_bits_are_asked_of_torch(tiny: Any, made: Path, tmp_path: Path, digests: Digests) -> None:
+    # On the CPU they are the same without asking; an operation that had none would be an error.
+    output = tmp_path / "asked"
+    try:
+        assert tiny.start(RECIPE, output, train__deterministic=True) == 0
+        assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        device.deterministic(False)
+    name = "checkpoints/step-0000002/trained.safetensors"
+    assert digests(output)[name] == digests(made)[name]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_an_attempt_that_stopped_before_its_end_is_finished(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -191,7 +192,7 @@ def test_two_resolutions_show_each_picture_at_each(start: Start, pictures: Path)
         assert slot.bucket is not None
         areas.setdefault(slot.sample, set()).add(slot.bucket.height * slot.bucket.width > 32**2)
     assert len(areas) == 7 and set(map(frozenset, areas.values())) == {frozenset({True, False})}
-    assert run.data.latents.store is not None and len(run.data.latents.store.index) == 14
+    assert run.data.latents.store is not None and len(run.data.latents.store) == 14
     assert len({tuple(batch.noise.shape[2:]) for batch in batches(run)}) >= 4
 
 
@@ -221,6 +222,8 @@ def test_sources_with_shares_and_rules_of_their_own(start: Start, pictures: Path
                 assert not caption.startswith("new ") and condition.shape == (3, 64, 64)
                 assert set(condition.unique().tolist()) <= {0.0, 1.0}
     assert own >= 20
+    told = json.loads(run.card.metadata["controlnet"]["tuner.condition"])  # of both, the method's first
+    assert [one["condition"] for one in told] == ["canny", "image"] and "low" in told[0]
     with torch.no_grad():
         assert bool(run.task.evaluate(batches(run)[0]).isfinite().all())
 
@@ -278,13 +281,13 @@ def test_what_cannot_be_read_is_left_out_where_allowed_before_anything_is_encode
         whole = (pictures / name).read_bytes()
         (pictures / name).write_bytes(whole[: len(whole) * 2 // 3])
     encoded: list[int] = []
-    real = encode._cache_latents
+    real = encode._latents
 
     def counting(opened: Any, *more: Any) -> Any:
         encoded.append(len(opened.samples))
         return real(opened, *more)
 
-    monkeypatch.setattr(encode, "_cache_latents", counting)
+    monkeypatch.setattr(encode, "_latents", counting)
     data = f"source: {pictures}, resolution: 32"
     with pytest.raises(UserError) as caught:
         start(data)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from math import prod
@@ -12,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 from torch import nn
 
 from tuner import optimiser
@@ -43,7 +48,7 @@ NAMES = [
     for folder, cards in SMALLER.items()
     for name, card in cards.items()
     for end in ("", f"_{card}gb")
-] + ["sd15/controlnet_rank128_6gb", "sdxl/controlnet_rank128_16gb"]
+] + ["sd15/controlnet_rank128_6gb", "sdxl/controlnet_rank128_16gb", "sd15/controlnet_fill50k"]
 METHODS = {
     "lora": {"lora"},
     "textual_inversion": {"textual_inversion"},
@@ -90,9 +95,9 @@ MEMORY = re.compile(
 
 
 def split(name: str) -> tuple[str, str]:
-    """Folder and kind of a recipe: sd15/lora_6gb is ("sd15", "lora"), x_rank4_6gb is an x too."""
+    """Folder and kind of a recipe: sd15/lora_6gb is ("sd15", "lora"), x_rank4_6gb and x_fill50k are x too."""
     folder, _, stem = name.partition("/")
-    return folder, re.sub(r"(_rank\d+)?_\d+gb$", "", stem)
+    return folder, re.sub(r"((_rank\d+)?_\d+gb|_fill50k)$", "", stem)
 
 
 def text_of(name: str) -> str:
@@ -198,14 +203,14 @@ def counted(name: str) -> tuple[float, float, float]:
 
 def test_these_are_all_recipes_of_real_bases() -> None:
     places = [place for folder in FAMILIES for place in (ROOT / "recipes" / folder).iterdir()]
-    assert {f"{place.parent.name}/{place.stem}" for place in places} == set(NAMES) and len(NAMES) == 32
+    assert {f"{place.parent.name}/{place.stem}" for place in places} == set(NAMES) and len(NAMES) == 33
 
 
 def test_the_table_of_recipes_names_every_one() -> None:
     table = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
     shipped = {str(p.relative_to(ROOT / "recipes")) for p in (ROOT / "recipes").rglob("*.yaml")}
     named = re.findall(r"\]\(([\w/]+\.yaml)\)", table)
-    assert len(shipped) == 39 and sorted(named) == sorted(shipped)
+    assert len(shipped) == 40 and sorted(named) == sorted(shipped)
     row = re.compile(r"^\| \[[^\]]+\]\(([\w/]+)\.yaml\) \|.*\| (\d+\.\d) GiB, (\d+) GB \|$", re.MULTILINE)
     stated = {name: (float(need), int(card)) for name, need, card in row.findall(table)}
     assert stated == {name: (needs(name)[0], int(needs(name)[4])) for name in NAMES}
@@ -225,7 +230,8 @@ def test_a_recipe_loads_and_fits_the_full_size_base(name: str) -> None:
     assert set(recipe.method) == METHODS[kind]
     assert text.startswith("# yaml-language-server: $schema=../recipe.schema.json\n")
     assert text.endswith(f"\noutput: outputs/{name.replace('/', '_')}\n")
-    assert [source.path for source in recipe.data.source] == ["pictures"]
+    expected = "hub:fusing/fill50k" if "fill50k" in name else "pictures"
+    assert [source.path for source in recipe.data.source] == [expected]
     # The UNet halves the latent three times, SDXL's twice; a width that does not divide has no way up again.
     unet = full_size(folder).unet
     assert recipe.data.resolution % (8 * 2 ** (len(unet["block_out_channels"]) - 1)) == 0
@@ -333,7 +339,7 @@ def tiny(name: str, base: Path, data: Path, output: Path) -> tuple[list[str], se
 
 
 ALSO = ["sd15/lora_6gb", "sd21/lora_8gb", "sdxl/lora_8gb"]  # for a smaller card, one a family
-FAST = [name for name in NAMES if not name.endswith("gb") or name in ALSO]
+FAST = [name for name in NAMES if not name.endswith(("gb", "fill50k")) or name in ALSO]
 GPU_ONLY = {  # what was replaced, which only a GPU has
     "sd15/controlnet_8gb": {"base.quantise", "train.optimiser.name"},
     "sd15/dreambooth_16gb": {"train.optimiser.name"},
@@ -346,7 +352,8 @@ GPU_ONLY = {  # what was replaced, which only a GPU has
     "sdxl/pivotal_8gb": {"base.quantise"},
     "sdxl/textual_inversion_8gb": {"base.quantise"},
 }
-RUN = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+HERE = [name for name in NAMES if "fill50k" not in name]  # that one's data is the Hub's: see below
+RUN = [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in HERE]
 
 
 def test_every_family_and_method_is_run_without_asking() -> None:
@@ -398,3 +405,39 @@ def test_large_pictures_are_encoded_one_at_a_time(
     more = ["data.resolution=384", "train.steps=1"]
     assert main(["train", str(ROOT / "recipes" / f"{name}.yaml"), *overrides, *more]) == 0
     assert sizes == [1, 1, 1, 1]
+
+
+def test_the_recipe_of_a_hub_set_runs_on_the_sets_columns(
+    hub: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Against a stand-in that serves rows as fusing/fill50k has them, on the branch that the recipe names."""
+    drawn = np.random.default_rng(0)
+
+    def png() -> dict[str, Any]:
+        data = io.BytesIO()
+        Image.fromarray(drawn.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(data, "PNG")
+        return {"bytes": data.getvalue(), "path": None}
+
+    rows = {
+        "image": [png() for _ in range(20)],
+        "conditioning_image": [png() for _ in range(20)],
+        "text": [f"circle {n}" for n in range(20)],
+    }
+    place = tmp_path / "set/default/train/0000.parquet"
+    place.parent.mkdir(parents=True)
+    parquet.write_table(pa.table(rows), place)
+    repo = hub.serve(tmp_path / "set", "fusing/fill50k", kind="dataset")
+    repo.branches["refs/convert/parquet"] = repo.branches.pop("main")
+    name, output = "sd15/controlnet_fill50k", tmp_path / "out"
+    overrides, replaced = tiny(name, folders["sd1"], tmp_path, output)
+    assert not replaced
+    overrides = [one for one in overrides if not one.startswith(("data.source", "data.heldout"))]
+    command = [sys.executable, str(ROOT / "tuner/train.py"), str(ROOT / "recipes" / f"{name}.yaml")]
+    environment = hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *overrides], env=environment, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 samples an epoch" in done.stdout + done.stderr  # 20 without the first 16
+    records = read(output / "metrics.jsonl")
+    assert [step for step, _ in records.scalars["loss"]] == [1, 2] and records.finished

@@ -54,10 +54,14 @@ def test_every_shipped_recipe_is_run_here() -> None:
     assert shipped == EXPORTS.keys()
 
 
+@pytest.mark.plans_memory
 @pytest.mark.parametrize("recipe", EXPORTS)
-def test_a_shipped_recipe_runs(tiny: Any, tmp_path: Path, recipe: str) -> None:
+def test_a_shipped_recipe_runs(
+    tiny: Any, tmp_path: Path, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "out"
     assert tiny.start(recipe, output) == 0
+    assert "memory: about " in capsys.readouterr().out
 
     export = output / "export"
     assert sorted(str(p.relative_to(export)) for p in export.rglob("*") if p.is_file()) == EXPORTS[recipe]

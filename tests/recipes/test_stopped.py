@@ -28,7 +28,7 @@ RUN = {
     "evaluate.samples": 0,
 }
 EXPORT = "export/lora.safetensors"
-TIMES = {"images_per_second", "seconds"}
+TIMES = {"images_per_second", "data_wait", "seconds"}
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,9 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     steps = sorted(int(p.name[5:]) for p in (output / "checkpoints").glob("step-*"))
     assert steps and steps[-1] < STEPS, printed
     if not killed:
-        assert f"stopped; the same command continues from the checkpoint in {output}" in printed
+        kept = output / "checkpoints" / f"step-{steps[-1]:07d}"
+        told = f"stopped. Kept: {kept} is whole ({steps[-1]} steps); the same command continues from it."
+        assert printed.splitlines()[-1] == told
         assert "unfinished, at step" in (output / "report.html").read_text()
 
     capsys.readouterr()
@@ -128,10 +130,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_continues(
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == kept
 
 
-def test_from_a_named_checkpoint_into_another_output(tiny: Any, whole: Path, tmp_path: Path) -> None:
+def test_from_a_named_checkpoint_into_another_output(
+    tiny: Any, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output, start = tmp_path / "out", whole / "checkpoints" / "step-0000040"
     assert tiny.start("lora.yaml", output, **RUN, train__resume=start) == 0
     # The bytes differ: the recipe in the metadata says where the run began.
     one, other = load_file(whole / EXPORT), load_file(output / EXPORT)
     assert one.keys() == other.keys() and len(one) > 10
     assert all(bool((one[name] == other[name]).all()) for name in one)
+    # Stopped before its end, the same command goes on where it was, not from the named one again.
+    (output / "finished.json").unlink()
+    capsys.readouterr()
+    assert tiny.start("lora.yaml", output, **RUN, train__resume=start) == 0
+    assert f"continuing from {output / 'checkpoints' / 'step-0000048'} (48 of" in capsys.readouterr().out
+    assert tiny.start("lora.yaml", output, **RUN, train__resume=whole / "nowhere") == 2
+    assert f"train.resume: {whole / 'nowhere'}: no whole checkpoint there" in capsys.readouterr().err

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
+import stat
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +16,10 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 
 from tuner import base
 from tuner.data import assemble, cache, encode
@@ -19,9 +27,10 @@ from tuner.data.blob import File
 from tuner.data.cache import Hashes, Store, key
 from tuner.data.captions import CaptionRule
 from tuner.data.index import Memory, Share
-from tuner.data.loader import Feed
+from tuner.data.loader import Feed, Latents
 from tuner.data.plan import Slot
 from tuner.data.samples import Sample
+from tuner.errors import UserError
 from tuner.family import Family, Moments
 from tuner.text import Text, Tokens
 
@@ -80,7 +89,161 @@ def test_a_store_keeps_tensors_bitwise_and_sees_what_others_wrote(tmp_path: Path
     other.refresh()
     for store in (one, other, Store(tmp_path)):
         assert [torch.equal(store.read(name), tensor) for name, tensor in entries.items()] == [True] * 3
-    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+    assert len(one) == 3 and one.has(np.array(["a", "d", "c"], cache.NAME)).tolist() == [True, False, True]
+    (shard,) = tmp_path.iterdir()
+    assert shard.suffix == ".safetensors"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE(shard.stat().st_mode) == 0o666 & ~mask  # a cache may be shared
+    assert {name: tensor.tolist() for name, tensor in load_file(shard).items()} == {
+        name: tensor.tolist() for name, tensor in entries.items()
+    }
+
+
+@pytest.mark.parametrize("dtype", list(cache.TYPES.values()), ids=str)
+def test_every_type_and_shape_is_read_as_written(tmp_path: Path, dtype: torch.dtype) -> None:
+    entries = {"none": torch.ones(()), "some": torch.randn(3, 1, 5), "much": torch.randn(700)}
+    entries = {name: tensor.to(dtype) for name, tensor in entries.items()}
+    Store(tmp_path).write(entries)
+    found = pickle.loads(pickle.dumps(Store(tmp_path)))
+    for name, tensor in entries.items():
+        read = found.read(name)
+        assert read.dtype == dtype and read.shape == tensor.shape and torch.equal(read, tensor)
+
+
+def test_very_many_shards_are_read_with_few_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "OPEN", 3)
+    store = Store(tmp_path)
+    for number in range(8):
+        store.write({f"{number}": torch.full((2,), float(number))})
+    for number in (*range(8), *range(8)[::-1], 3, 4, 3):
+        assert store.read(f"{number}").tolist() == [number, number]
+        assert len(store._open) <= 3
+    assert len(store) == len(Store(tmp_path)) == 8
+
+
+@settings(max_examples=150, deadline=None)
+@given(at=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_no_flipped_bit_is_ever_read(at: int, bit: int) -> None:
+    """Wherever a bit of a shard is another: what is read is what was written, or an error."""
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        entries = {key(number=number): torch.arange(4.0) + number for number in range(3)}
+        Store(folder).write(entries)
+        (shard,) = folder.iterdir()
+        content = bytearray(shard.read_bytes())
+        content[at % len(content)] ^= 1 << bit
+        shard.write_bytes(content)
+        store = Store(folder)
+        if not shard.exists():
+            assert len(store) == 0
+            return
+        wrong = 0
+        for name, tensor in entries.items():
+            if name not in store:  # a bit of the name
+                wrong += 1
+                continue
+            try:
+                assert torch.equal(store.read(name), tensor)
+            except UserError as error:
+                wrong += 1
+                assert str(shard) in str(error)
+        spaces = int.from_bytes(content[:8], "little") + 8 > at % len(content) and wrong == 0
+        assert wrong == 1 or spaces or (wrong and "checks" not in str(content))
+
+
+def test_what_is_damaged_is_moved_aside_and_encoded_again(
+    family: Family, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about, counting = wanted(tmp_path, flip=False), Counting(family, monkeypatch)
+    good = made(samples, about, family)
+    chosen = slots(good)
+    expected = good.batch(chosen, 15.0)
+    counting.take()
+    (shard,) = (tmp_path / "cache" / "latents").iterdir()
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 4
+    shard.write_bytes(content)
+    damaged = made(samples, about, family)
+    assert counting.take() == (0, 1), "at the start only headers are looked at"
+    with pytest.raises(UserError, match=f"{shard.name}: entry [0-9a-f]{{40}} is not what was written; moved"):
+        damaged.batch(chosen, 15.0)
+    assert [file.suffix for file in shard.parent.iterdir()] == [".damaged"]
+    again = made(samples, about, family)
+    assert counting.take() == (COUNT, 1)
+    found = again.batch(chosen, 15.0)
+    assert expected.moments is not None and found.moments is not None
+    assert torch.equal(expected.moments.mean, found.moments.mean)
+
+
+def test_a_shard_that_is_taken_away_while_it_is_used_is_an_error(tmp_path: Path) -> None:
+    Store(tmp_path).write({"a": torch.ones(2)})
+    store = Store(tmp_path)
+    (shard,) = tmp_path.iterdir()
+    shard.unlink()
+    with pytest.raises(UserError, match="cannot be read: No such file.*no more; give the same command again"):
+        store.read("a")
+    assert len(Store(tmp_path)) == 0
+
+
+def test_what_a_killed_process_leaves_is_not_used_and_goes_when_it_is_old(tmp_path: Path) -> None:
+    """A process is killed again and again while it writes shards; what is there is whole."""
+    writer = (
+        "import sys, torch\nfrom pathlib import Path\nfrom tuner.data.cache import Store\n"
+        "store = Store(Path(sys.argv[1]))\nnumber = int(sys.argv[2])\nprint('ready', flush=True)\n"
+        "while True:\n"
+        "    store.write({f'{number + i}': torch.full((50_000,), float(number + i)) for i in range(8)})\n"
+        "    number += 8\n"
+    )
+    seen = left = 0
+    for turn in range(8):
+        command = [sys.executable, "-c", writer, str(tmp_path), str(turn * 10**6)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+            time.sleep(0.05 + 0.013 * turn)
+            process.kill()
+        left += len(list(tmp_path.glob("*.writing")))
+        store = Store(tmp_path)
+        assert len(store) % 8 == 0 and len(store) >= seen
+        seen = len(store)
+    names = [int(name) for shard in tmp_path.glob("*.safetensors") for name in load_file(shard)]
+    assert len(names) == seen > 0
+    for name in names:
+        assert torch.equal(store.read(f"{name}"), torch.full((50_000,), float(name)))
+    (tmp_path / "mine.writing").write_bytes(b"x")
+    (tmp_path / "old.writing").write_bytes(b"x")
+    for file in tmp_path.glob("*.writing"):
+        if file.name != "mine.writing":
+            os.utime(file, (1e9, 1e9))
+    Store(tmp_path)
+    assert [file.name for file in tmp_path.glob("*.writing")] == ["mine.writing"]
+
+
+def test_two_processes_write_into_one_folder_at_a_time(tmp_path: Path) -> None:
+    writer = (
+        "import sys, torch\nfrom pathlib import Path\nfrom tuner.data.cache import Store\n"
+        "store = Store(Path(sys.argv[1]))\n"
+        "for i in range(20):\n"
+        "    own = torch.full((9,), float(i))\n"
+        "    store.write({f'{sys.argv[2]} {i}': own, f'both {i}': torch.ones(i + 1)})\n"
+        "store.refresh()\nassert all(f'{sys.argv[2]} {i}' in store for i in range(20))\n"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", writer, str(tmp_path), name]) for name in "ab"]
+    assert [process.wait(60) for process in both] == [0, 0]
+    store = Store(tmp_path)
+    assert len(store) == 60 and len(list(tmp_path.iterdir())) == 40
+    for i in range(20):
+        assert store.read(f"a {i}").tolist() == store.read(f"b {i}").tolist() == [i] * 9
+        assert store.read(f"both {i}").tolist() == [1.0] * (i + 1)
+
+
+def test_names_of_many_are_the_names_of_each() -> None:
+    about = {"height": 3, "flip": False, "background": "(255, 255, 255)"}
+    digests = [f"{number:064x}" for number in range(5)]
+    assert list(cache.keys("picture", digests, **about)) == [key(picture=d, **about) for d in digests]
+    latents = Latents(4, 8, None, digests, (("vae", "x"), ("alpha", "mask")))
+    names = [latents.name(n, (64, 32), True) for n in (3, 1)]
+    assert latents.names((3, 1), (64, 32), True) == names and len(set(names)) == 2
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
@@ -280,6 +443,69 @@ def test_another_autoencoder_or_text_encoder_has_another_digest(
     assert base.component_digest(copy, hashes) != family.digests["vae"]
 
 
+def test_the_size_is_told_before_and_has_to_fit(
+    family: Family,
+    samples: list[Sample],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It is counted from shapes, and comes near what is written then."""
+    about, folder = wanted(tmp_path), tmp_path / "cache"
+    sizes: list[int] = []
+    monkeypatch.setattr(encode, "amount", lambda size: sizes.append(size) or encode.math.inf)
+    made(samples, about, family)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith(
+        f"pictures to encode: {2 * COUNT}, about inf into {folder / 'latents'}, inf are"
+    )
+    assert said[1].startswith(f"captions to encode: {2 * COUNT}, about inf into {folder / 'text'}, inf are")
+    for told, name in ((sizes[0], "latents"), (sizes[2], "text")):
+        written = sum(file.stat().st_size for file in (folder / name).iterdir())
+        assert told == pytest.approx(written, rel=0.05)
+    made(samples, about, family)
+    assert "to encode" not in capsys.readouterr().out
+    monkeypatch.undo()
+    monkeypatch.setattr(encode, "free", lambda path: encode.SPARE + 1000)
+    with pytest.raises(UserError, match=r"data\.cache: .*takes about 1 MiB, and 65 MiB are free; make room"):
+        made(samples, replace(about, size=40), family)
+
+
+def test_what_is_ready_is_written_when_it_is_stopped(
+    family: Family, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about, counting = wanted(tmp_path, flip=False), Counting(family, monkeypatch)
+    monkeypatch.setattr(encode, "ENCODE_AT_ONCE", 2)
+    monkeypatch.setattr(encode, "PIXELS_AT_ONCE", 2 * 32 * 32)
+    images = family.encode_images
+
+    def stopped(pixels: torch.Tensor) -> Moments:
+        if counting.pictures == 4:
+            raise KeyboardInterrupt
+        return images(pixels)
+
+    monkeypatch.setattr(family, "encode_images", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        made(samples, about, family)
+    assert len(Store(tmp_path / "cache" / "latents")) == 4
+    monkeypatch.setattr(family, "encode_images", images)
+    counting.take()
+    made(samples, about, family)
+    assert counting.take() == (COUNT - 4, 2 * COUNT + 1)
+
+
+@pytest.mark.parametrize("limit", ["SHARD", "SHARD_BYTES", "SHARD_SECONDS"])
+def test_shards_are_limited_in_entries_bytes_and_time(
+    family: Family, samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    monkeypatch.setattr(encode, "PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(encode, limit, {"SHARD": 2, "SHARD_BYTES": 1000, "SHARD_SECONDS": 0.0}[limit])
+    each = 2 * 4 * 4 * 4 * 4
+    made(samples, wanted(tmp_path, flip=False), family)
+    expected = {"SHARD": 3, "SHARD_BYTES": -(-COUNT * each // (2 * each)), "SHARD_SECONDS": COUNT}[limit]
+    assert len(list((tmp_path / "cache" / "latents").iterdir())) == expected
+
+
 def test_nothing_is_cached_where_it_is_not_valid(
     family: Family, samples: list[Sample], tmp_path: Path
 ) -> None:
@@ -303,17 +529,17 @@ def test_many_captions_are_encoded_in_each_step(
 
 def test_processes_share_the_encoding(family: Family, samples: list[Sample], tmp_path: Path) -> None:
     """What one process encodes is its part; after the others have done theirs it sees everything."""
-    parts: list[set[str]] = []
+    parts: list[set[int]] = []
 
     def other() -> None:
         if parts:
             return
-        parts.append(set(Store(tmp_path / "cache" / "latents").index))
+        parts.append(set(range(len(Store(tmp_path / "cache" / "latents")))))
         made(samples, replace(about, share=Share(1, 2)), family)
 
     about = replace(wanted(tmp_path, flip=False), share=Share(0, 2, other), text=False)
     feed = made(samples, about, family)
     assert feed.latents.store is not None
     assert len(parts) == 1 and len(parts[0]) == 3
-    assert len(feed.latents.store.index) == COUNT
+    assert len(feed.latents.store) == COUNT
     assert feed.batch(slots(feed), 15.0).moments is not None

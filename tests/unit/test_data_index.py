@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
+import pickle
 import re
+import tracemalloc
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +18,10 @@ import pytest
 from PIL import Image
 
 from tuner.data import index
-from tuner.data.blob import File, Held
+from tuner.data.blob import File, Held, Listed
 from tuner.data.index import Known, Memory, Share
 from tuner.data.pictures import Reading
-from tuner.data.samples import Sample
+from tuner.data.samples import Behind, Chosen, Joined, Sample, Samples, sources, take, weights
 from tuner.errors import UserError
 
 COUNT = 6
@@ -177,6 +181,51 @@ def test_as_many_as_allowed_are_left_out_and_told(
     assert index.sift({}, 3, 0) == [0, 1, 2] and not capsys.readouterr().out
 
 
+def test_what_the_sources_left_out_counts_too() -> None:
+    before = ["a.txt: not UTF-8 text", "b.png: no caption"]
+    with pytest.raises(index.UnreadableError, match=r"3 of 12 samples .*; data\.unreadable: 2 may") as caught:
+        index.sift({4: "4.png: wrong"}, 10, 2, before)
+    assert caught.value.problems == (*before, "4.png: wrong")
+    assert index.sift({4: "4.png: wrong"}, 6, 3, before) == [0, 1, 2, 3, 5]
+
+
+def test_a_column_is_a_sequence_of_what_is_known() -> None:
+    digests = np.arange(4 * 32, dtype=np.uint8).reshape(4, 32)
+    column = index.Column(digests, np.array([[3, 4], [-1, -1], [0, 0], [5, 6]], np.int32))
+    expected = [Known(digests[0].tobytes().hex(), 3, 4), None, Known(digests[2].tobytes().hex(), 0, 0)]
+    assert list(column)[:3] == column[:3] == expected and column[-1] == column[3]
+    assert column.there.tolist() == [True, False, True, True]
+    assert column.take(np.array([3, 1])) == [column[3], None] and column.before(column) == [*column, *column]
+    assert list(column.hexes) == [row.tobytes().hex() for row in digests] and len(column.hexes) == 4
+
+
+def test_very_many_samples_are_not_python_objects() -> None:
+    """What is known of a sample takes 120 bytes, and reading it again makes nothing that stays."""
+    count = 20_000
+    data = picture_bytes()
+    samples = [Sample(Held("a", data), ("x",))] * count
+
+    class Same(Memory):
+        def __init__(self) -> None:
+            pass
+
+        def of(self, stamps: Sequence[str]) -> dict[str, Known]:
+            return {stamp: Known("ab" * 32, 3, 4) for stamp in stamps}
+
+    tracemalloc.start()
+    found, problems = index.look(samples, Same(), Reading(), Share())
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert not problems and found.sizes.shape == (count, 2) and found.pictures[-1] == Known("ab" * 32, 3, 4)
+    assert kept < 130 * count and peak < 200 * count
+
+
+def picture_bytes() -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (4, 3)).save(data, "PNG")
+    return data.getvalue()
+
+
 def test_many_problems_are_counted() -> None:
     with pytest.raises(UserError) as caught:
         index.sift({number: f"{number}.png: wrong" for number in range(30)}, 40, 29)
@@ -208,7 +257,7 @@ def test_two_processes_share_the_reading(samples: list[Sample], tmp_path: Path, 
     found, problems = index.look(samples, Memory(tmp_path / "memory"), Reading(), Share(0, 2, other))
     assert problems.keys() == expected.keys() and len(waits) == 1
     if not fails:
-        assert len(mine[0]) == 6 and set(mine[0]) | set(READ) == NAMES
+        assert len(mine[0]) == 7 and set(mine[0]) | set(READ) == NAMES
         assert sum(mine[0].values()) + sum(READ.values()) == FILES
         assert found == look(samples, tmp_path / "alone")
     READ.clear()
@@ -221,3 +270,33 @@ def test_bytes_in_memory_are_known_by_their_content(tmp_path: Path) -> None:
     data = picture(tmp_path / "a.png", 3, 4).read_bytes()
     samples = [Sample(Held(name, data), ("x",)) for name in ("one", "other")]
     assert look(samples, tmp_path).pictures == [Known(hashlib.sha256(data).hexdigest(), 3, 4)] * 2
+
+
+class Numbers(Samples):
+    """Samples whose captions are their numbers."""
+
+    def one(self, number: int) -> Sample:
+        scene = {"captions": [{"form": "long"}]} if number % 2 else None
+        return Sample(Held(f"{self.source} {number}", b""), (f"{number}",), scene=scene, weight=number + 1.0)
+
+
+def test_many_samples_at_once_are_those_one_after_the_other() -> None:
+    joined = Joined([Numbers("a", 5, 1, 1.0, 0), Numbers("b", 0, 1, 1.0, 1), Numbers("c", 600, 1, 0.5, 2)])
+    chosen = Chosen(joined, [604, 0, 4, 5, 300])
+    both = Behind(chosen, [Sample(Held("x", b""), ("x",), source=3, weight=2.0)])
+    assert len(both) == 6 and both[0].weight == 300.0 and both[0].source == 2 and both[0].kinds == ("long",)
+    for samples in (joined, chosen, both, both[2:5]):
+        each = [samples[row] for row in range(len(samples))]
+        assert list(samples) == each and len(each) > 2
+        rows = [len(each) - 1, 0, 1, 1]
+        assert take(samples, rows) == [each[row] for row in rows]
+        assert sources(samples).tolist() == [one.source for one in each]
+        assert weights(samples).tolist() == [one.weight for one in each]
+
+
+def test_a_listed_file_is_the_file_of_its_path(tmp_path: Path) -> None:
+    place = picture(tmp_path / "a.png", 3, 4)
+    listed, file = Listed(str(place)), File(place)
+    assert listed == file and file == listed and hash(listed) == hash(file) and listed != File(tmp_path)
+    assert (listed.name, listed.path, listed.stamp()) == (file.name, place, file.stamp())
+    assert pickle.loads(pickle.dumps(listed)).read() == file.read()

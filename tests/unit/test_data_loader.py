@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tuner.data.blob import File
 from tuner.data.cache import Store
 from tuner.data.captions import CaptionRule
 from tuner.data.conditions import Condition
-from tuner.data.loader import Division, Feed, Latents, Texts, stream
+from tuner.data.loader import Division, Feed, Latents, Texts, Waited, stream
 from tuner.data.plan import Plan, Slot
 from tuner.data.samples import Sample
 from tuner.data.views import Views
@@ -206,3 +206,24 @@ def test_a_batch_on_a_device_is_the_same_batch(data: Feed) -> None:
     moved = flat(batch.to(torch.device("meta")))
     devices = {name: value.device.type for name, value in moved.items() if isinstance(value, Tensor)}
     assert len(devices) >= 6 and set(devices.values()) == {"meta"}
+
+
+def test_the_share_of_the_time_that_is_waited_for_data() -> None:
+    """Each batch takes 1 s to come, and 3 s to be used; then 2 s and 2 s."""
+    now = [0.0]
+
+    def coming() -> Iterator[Batch]:
+        for seconds in (1.0, 1.0, 2.0, 2.0):
+            now[0] += seconds
+            yield None  # type: ignore[misc]
+
+    waited = Waited(coming(), lambda: now[0])
+    for used in (3.0, 3.0):
+        next(waited)
+        now[0] += used
+    assert waited.lately() == 0.25 and waited.lately() == 0.0
+    for used in (2.0, 2.0):
+        next(waited)
+        now[0] += used
+    assert waited.all() == 6 / 16 and waited.lately() == 0.5 and waited.all() == 6 / 16
+    assert list(waited) == []

@@ -104,6 +104,39 @@ def test_listings_in_csv_and_below(tmp_path: Path) -> None:
     assert "metadata.jsonl lies beside it; keep one" in error(tmp_path)
 
 
+def test_captions_of_several_kinds(tmp_path: Path) -> None:
+    places = [picture(tmp_path / "data" / f"{n}.png") for n in range(3)]
+    both = {"long": "l", "short": ["s", "t"]}
+    listing(
+        tmp_path / "data",
+        {"file_name": "0.png", "text": both},
+        {"file_name": "1.png", "text": "x"},
+        {"file_name": "2.png", "text": {"original": None, "short": "y"}},
+    )
+    wanted = [
+        sample(places[0], "l", "s", "t", kinds=("long", "short", "short")),
+        sample(places[1], "x"),
+        sample(places[2], "y", kinds=("short",)),
+    ]
+    for _ in range(2):  # made, and kept
+        found = open_spec(SourceSpec(path=str(tmp_path / "data")), print, tmp_path / "index")
+        assert isinstance(found, Samples) and list(found) == wanted
+    (tmp_path / "data/metadata.jsonl").unlink()
+    table = "file_name,title,caption\n0.png,a,b\n1.png,,c\n2.png,d,\n"
+    (tmp_path / "data/metadata.csv").write_text(table)
+    said: list[str] = []
+    columns = {"caption": {"short": "title", "long": "caption"}}
+    by_column = opened(tmp_path / "data", said, columns=columns)
+    assert [(s.captions, s.kinds) for s in by_column] == [
+        (("a", "b"), ("short", "long")),
+        (("c",), ("long",)),
+        (("d",), ("short",)),
+    ]
+    assert not said
+    columns["caption"]["long"] = "capton"
+    assert "capton" in error(tmp_path / "data", columns=columns)
+
+
 def test_every_error_of_a_listing_is_named_at_once(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     for name in ("data/good.png", "data/unlisted.png", "outside.png"):
@@ -116,8 +149,10 @@ def test_every_error_of_a_listing_is_named_at_once(tmp_path: Path) -> None:
         (good | {"file_name": "../outside.png"}, "../outside.png leaves the folder"),
         (good | {"file_name": str(tmp_path / "outside.png")}, "leaves the folder"),
         (good | {"file_name": "missing.png"}, "missing.png: no such picture"),
-        ({"file_name": "good.png"}, "expected text, a caption or a list of captions, found None"),
-        (good | {"text": []}, "expected text, a caption or a list of captions, found []"),
+        ({"file_name": "good.png"}, "a caption or a list of captions (or these by kind), found None"),
+        (good | {"text": {}}, "expected a caption of some kind, found none"),
+        (good | {"text": {"a": "x", "b": 1}}, "b: expected text, a caption or a list of captions"),
+        (good | {"text": []}, "expected text, a caption or a list of captions (or these by kind), found []"),
         (good | {"text": ["a", 1]}, "found ['a', 1]"),
         (good | {"text": "\ud800"}, "no valid text"),
         (good | {"conditioning_image": "none.png"}, "none.png: no such picture in the folder"),

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from tuner.data.samples import Samples
 from tuner.data.sources import retry
 from tuner.data.sources.opening import look, open_spec
-from tuner.data.sources.spec import SourceSpec
+from tuner.data.sources.spec import Columns, SourceSpec
 from tuner.data.sources.stream import Stream
 from tuner.errors import UserError
 
@@ -246,6 +246,32 @@ def test_sets_saved_to_disk_with_other_columns(place: Path) -> None:
     ):
         with pytest.raises(UserError, match=told.replace("?", r"\?")):
             opened(path=str(place / name), columns=columns, split=split)
+
+
+def test_captions_of_several_kinds(place: Path) -> None:
+    pictures = [{"bytes": png(n), "path": None} for n in range(4)]
+    records = [{"long": "l0", "short": ["s0", "t0"]}, {"long": None, "short": ["s1"]}, None, {"long": "l3"}]
+    columns = {"long": ["l0", None, None, "l3"], "short": ["s0", "s1", None, None]}
+    table = {"image": pictures, "text": records, **columns}
+    parquet.write_table(pa.table(table), place / "a.parquet")
+    path = str(place / "a.parquet")
+    wanted = [(("l0", "s0", "t0"), ("long", "short", "short")), (("s1",), ("short",)), (("l3",), ("long",))]
+    seen = look(SourceSpec(path=path), print)
+    assert isinstance(seen, Samples) and [(s.captions, s.kinds) for s in seen] == wanted
+    assert [line.rpartition(": ")[2] for line in seen.problems()] == ["no caption in column text"]
+    spec = SourceSpec(path=path, columns=Columns(caption={"long": "long", "brief": "short"}))
+    seen = look(spec, print)
+    assert isinstance(seen, Samples)
+    of_columns = [(("l0", "s0"), ("long", "brief")), (("s1",), ("brief",)), (("l3",), ("long",))]
+    assert [(s.captions, s.kinds) for s in seen] == of_columns
+    assert [line.rpartition(": ")[2] for line in seen.problems()] == ["no caption in column long or short"]
+    with pytest.raises(UserError, match="lnog.*did you mean long"):
+        opened(path=path, columns={"caption": {"a": "lnog", "b": "short"}})
+    whole = {name: [column[row] for row in (0, 1, 3)] for name, column in table.items()}
+    parquet.write_table(pa.table(whole), place / "a.parquet")
+    stream = look(spec.model_copy(update={"streaming": True}), print)
+    assert isinstance(stream, Stream)
+    assert sorted((s.captions, s.kinds) for s in stream.epoch(0, 0)) == sorted(of_columns)
 
 
 def test_rows_without_picture_or_caption_are_told(place: Path) -> None:

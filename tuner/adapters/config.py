@@ -11,6 +11,7 @@ from pydantic import Field
 from tuner.adapters.layers import Kind, Making
 from tuner.adapters.targets import PRESETS, Wish
 from tuner.block import Block, Conflict, OneOrMore
+from tuner.method import Prior
 
 Encoder = Literal["text_encoder", "text_encoder_2"]
 INITS: Mapping[str, tuple[str, ...]] = {
@@ -102,6 +103,7 @@ class Config(Block):
         None, min_length=1, description="a LoRA or kin, of any tool, to train further; it says kind and ranks"
     )
     merge: Annotated[list[Merge], OneOrMore()] = Field([], description="files added to the base first")
+    prior: Prior | None = Field(None, description="class pictures that are half of every batch (DreamBooth)")
 
     def unused(self) -> dict[str, str]:
         given = self.model_fields_set
@@ -138,6 +140,9 @@ class Config(Block):
         if self.start is None and self.init not in INITS[self.kind]:
             choice = ", ".join(INITS[self.kind])
             yield Conflict(("init", "kind"), f"found {self.init}, kind {self.kind} has {choice}")
+        if self.prior is not None and self.prior.source is None and (self.start is not None or self.merge):
+            told = "is missing; the base alone draws class pictures, and start or merge changes it: give some"
+            yield Conflict(("prior.source",), told)
         for i, pattern in enumerate(self.patterns if self.start is not None else []):
             for key in ("rank", "alpha"):
                 if getattr(pattern, key, None) is not None:

@@ -30,8 +30,11 @@ def fill(branch: Any, start: Path) -> None:
     """
     where = f"method.controlnet.start: {start}"
     if start.is_dir():
-        _check_config(where, bases.config(start), dict(branch.config))
-        tensors: Mapping[str, Tensor] = bases.weights(start)
+        try:
+            told, tensors = bases.config(start), bases.weights(start)
+        except UserError as error:
+            raise UserError(f"method.controlnet.start: {error}") from error
+        _check_config(where, told, dict(branch.config))
     else:
         tensors = _from_file(where, start, branch)
     _put(where, branch, tensors)

@@ -66,7 +66,8 @@ class Factored(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], or [B, in, h, w] -> [B, out, h', w']."""
         weight, bias = self.frozen()
-        if not torch.is_autocast_enabled(x.device.type):
+        # Where memory is planned (tensors without numbers) torch knows no autocast.
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):
             weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if self.conv is None:
             return F.linear(x, weight, bias) + F.linear(F.linear(x, self.down), self.up)

@@ -18,11 +18,11 @@ from tuner.data.conditions import Condition
 from tuner.data.index import Index, Memory, Share
 from tuner.data.jitter import Jitter
 from tuner.data.noise import Draws
-from tuner.data.samples import Behind, Chosen, Joined, Sample, Samples
+from tuner.data.samples import Behind, Chosen, Joined, Sample, Samples, sources
 from tuner.data.sources.opening import open_specs
 from tuner.data.sources.spec import SourceSpec
+from tuner.data.sources.stream import First, LeftOut, Stream
 from tuner.data.views import Masks
-from tuner.errors import UserError
 from tuner.progress import say
 
 
@@ -101,57 +101,70 @@ class Opened(NamedTuple):
 
     def of_source(self, number: int) -> Sequence[Sample]:
         """The samples of one source."""
-        return Chosen(self.samples, [i for i, s in enumerate(self.samples) if s.source == number])
+        return Chosen(self.samples, np.flatnonzero(sources(self.samples) == number).tolist())
 
     def beside(self, classes: Opened) -> Opened:
         """With class pictures behind."""
-        index = Index(
-            [*self.known.pictures, *classes.known.pictures],
-            [*self.known.conditions, *classes.known.conditions],
-            [*self.known.masks, *classes.known.masks],
-        )
-        samples = Behind(self.samples, classes.samples)
-        return self._replace(samples=samples, known=index, left_out=self.left_out + classes.left_out)
+        samples, known = Behind(self.samples, classes.samples), self.known.before(classes.known)
+        return self._replace(samples=samples, known=known, left_out=self.left_out + classes.left_out)
 
 
-def open_sources(
-    specs: Sequence[SourceSpec], wanted: Wanted, memory: Memory, main: bool, most: int | None = None
-) -> Opened:
-    """The samples of all sources, looked at: every one that cannot be used is told, or left out if allowed.
+def open_parts(specs: Sequence[SourceSpec], wanted: Wanted, main: bool) -> list[Samples | Stream]:
+    """All sources, those that are read in passing too.
 
     A source of datasets/ that is missing is made by the main process while the others wait.
 
     Args:
+        main: whether this is the main process.
+
+    Raises:
+        UserError: a source cannot be used. What is wrong with samples is in its problems().
+    """
+    place = None if wanted.cache is None else wanted.cache / "tars"
+    opened = open_specs(specs, say, place, strict=False) if main else []
+    wanted.share.wait()
+    return opened or open_specs(specs, lambda line: None, place, strict=False)
+
+
+def open_sources(
+    specs: Sequence[SourceSpec], wanted: Wanted, memory: Memory, main: bool, most: int
+) -> Opened:
+    """The first samples of sources, looked at; of sources that are read in passing they are held in memory.
+
+    Args:
         memory: of what is known of pictures.
         main: whether this is the main process.
-        most: how many samples are wanted, the first ones; None: all.
+        most: how many samples are wanted.
 
     Raises:
         UserError: a source or a sample cannot be used.
     """
-    place = None if wanted.cache is None else wanted.cache / "tars"
-    opened = open_specs(specs, say, place) if main else []
-    wanted.share.wait()
-    opened = opened or open_specs(specs, lambda line: None, place)
     parts: list[Samples] = []
-    for part in opened:
-        if not isinstance(part, Samples):
-            raise UserError(
-                f"data.source: {part.place} is read in passing, which a run cannot continue from; "
-                "without streaming it is downloaded first (tars: download them and give their paths)"
-            )
+    for part in open_parts(specs, wanted, main):
+        if isinstance(part, Stream):
+            part.left_out = LeftOut(wanted.unreadable, say)
+            part = First(part, most - sum(len(before) for before in parts))
         parts.append(part)
-    samples: Sequence[Sample] = Joined(parts)
-    repeats = Joined(parts).repeats.astype(np.float64)
-    if most is not None:
-        samples, repeats = Chosen(samples, range(min(most, len(samples)))), repeats[:most]
-    return look_at(samples, repeats, wanted, memory)
+    samples = Joined(parts)
+    first = Chosen(samples, range(min(most, len(samples))))
+    return look_at(first, samples.repeats[:most].astype(np.float64), wanted, memory, samples.problems())
 
 
 def look_at(
-    samples: Sequence[Sample], repeats: npt.NDArray[np.float64], wanted: Wanted, memory: Memory
+    samples: Sequence[Sample],
+    repeats: npt.NDArray[np.float64],
+    wanted: Wanted,
+    memory: Memory,
+    before: Sequence[str] = (),
 ) -> Opened:
-    """Samples with what is known of them, without those that cannot be used."""
+    """Samples with what is known of them, without those that cannot be used.
+
+    Args:
+        before: what is wrong with samples that the sources have left out already.
+
+    Raises:
+        UserError: more than data.unreadable allows cannot be used.
+    """
     known, problems = index.look(samples, memory, wanted.reading, wanted.share)
     if wanted.condition is not None:
         own = dict(wanted.condition_of)
@@ -160,16 +173,17 @@ def look_at(
             if sample.condition is None and how.kind == conditions.GIVEN:
                 name = sample.picture.name
                 problems.setdefault(number, f"{name}: no conditioning_image, which condition: image asks for")
-    kept = index.sift(problems, len(samples), wanted.unreadable)
+    kept = index.sift(problems, len(samples), wanted.unreadable, before)
     if problems:
         samples, known, repeats = Chosen(samples, kept), known.only(kept), repeats[kept]
-    assigned = _assign(samples, known, wanted)
-    return Opened(samples, known, repeats, assigned, tuple(problems[number] for number in sorted(problems)))
+    assigned = assign(samples, known, wanted)
+    left_out = (*before, *(problems[number] for number in sorted(problems)))
+    return Opened(samples, known, repeats, assigned, left_out)
 
 
-def _assign(samples: Sequence[Sample], known: Index, wanted: Wanted) -> Assigned:
+def assign(samples: Sequence[Sample], known: Index, wanted: Wanted) -> Assigned:
     """The samples' buckets, of each source its own."""
-    of = np.array([sample.source for sample in samples], np.int64)
+    of = sources(samples)
     every = wanted.buckets or tuple(Buckets((wanted.size,), 1) for _ in range(int(of.max(initial=0)) + 1))
     sizes, parts = known.sizes, []
     for number, one in enumerate(every):

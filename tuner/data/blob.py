@@ -56,6 +56,41 @@ class File:
         return file_stamp(self.path)
 
 
+class Listed(File):
+    """A file of its own whose path is made when it is asked for: of very many files that is most of the time.
+
+    It equals the File of that path.
+    """
+
+    text: str
+
+    def __init__(self, text: str) -> None:
+        object.__setattr__(self, "text", text)
+
+    @property
+    def path(self) -> Path:
+        """The path of the text."""
+        return Path(self.text)
+
+    @property
+    def name(self) -> str:
+        """The text."""
+        return self.text
+
+    def stamp(self) -> str | None:
+        """As a File's."""
+        return file_stamp(self.text)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, File) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash((self.path,))
+
+    def __repr__(self) -> str:
+        return f"Listed({self.text!r})"
+
+
 @dataclass(frozen=True)
 class Member:
     """A file in an archive that is not compressed (tar): a range of the archive's bytes.
@@ -117,7 +152,7 @@ class Held:
         return f"Held({self.name!r}, {len(self.data)} bytes)"
 
 
-def file_stamp(path: Path) -> str | None:
+def file_stamp(path: Path | str) -> str | None:
     """Absolute path, size in bytes, time of change in nanoseconds and inode; None where there is no file."""
     try:
         about = os.stat(path)

@@ -68,6 +68,19 @@ class Assigned:
         )
 
 
+def together(parts: Sequence[Assigned]) -> Assigned:
+    """The same samples' buckets of several plans as one, each sample in each of its buckets once."""
+    if len(parts) == 1:
+        return parts[0]
+    shapes = _sorted({shape for part in parts for shape in part.shapes})
+    number = {shape: index for index, shape in enumerate(shapes)}
+    sample = np.concatenate([part.sample for part in parts])
+    bucket = np.concatenate([np.array([number[s] for s in p.shapes], np.int64)[p.bucket] for p in parts])
+    rows = np.unique(sample * max(len(shapes), 1) + bucket, return_index=True)[1]
+    loss, scale = (np.concatenate([getattr(p, key) for p in parts]) for key in ("crop_loss", "scale"))
+    return Assigned(shapes, sample[rows], bucket[rows], loss[rows], scale[rows])
+
+
 class Buckets:
     """The buckets about one area or several.
 

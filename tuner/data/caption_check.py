@@ -35,16 +35,22 @@ def check(
         UserError: samples without a caption that may be chosen; captions that a method cannot learn from,
             or not from what the base reads of them. All of the first of these kinds that there are.
     """
-    found = ((sample, rule.problem(sample.captions, sample.kinds)) for sample in samples)
-    if wrong := [f"{sample.picture.name}: {problem}" for sample, problem in found if problem is not None]:
-        raise UserError(f"{len(wrong)} of {len(samples)} samples have no usable caption:{_listed(wrong)}")
     # What learns from the empty caption learns from any.
     choosy = [method for method in methods if method.check_captions({""})]
-    captions: set[str] = set().union(*(rule.extremes(s.captions, s.kinds, bool(choosy)) for s in samples))
+    wrong: list[str] = []
+    captions: set[str] = set()
+    for sample in samples:
+        if (problem := rule.problem(sample.captions, sample.kinds)) is not None:
+            wrong.append(f"{sample.picture.name}: {problem}")
+        elif not wrong:
+            captions |= rule.extremes(sample.captions, sample.kinds, bool(choosy))
+    if wrong:
+        raise UserError(f"{len(wrong)} of {len(samples)} samples have no usable caption:{_listed(wrong)}")
     for method in choosy:
         if wrong := method.check_captions(captions):
             raise UserError(
-                f"{len(wrong)} of {len(captions)} captions lack the token that is to be learned:"
+                f"{len(wrong)} of {len(captions)} captions lack the token that is to be learned: "
+                "write it into them, or set replace to a word that they have"
                 + _listed([repr(caption) for caption in wrong])
             )
     if tokenize is None or not (cut := cuts(captions, tokenize, windows)):

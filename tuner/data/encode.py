@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tuner.data import pictures
 from tuner.data.assemble import Opened, Wanted
-from tuner.data.cache import Store, key
+from tuner.data.cache import NAME, OVERHEAD, Store, key
 from tuner.data.captions import joined
+from tuner.data.index import Share
 from tuner.data.loader import POOLED, Feed, Latents, Texts
 from tuner.data.plan import Slot
 from tuner.data.samples import Sample
 from tuner.data.views import Views
+from tuner.disk import free
+from tuner.errors import UserError
 from tuner.family import Family
 from tuner.progress import say, track
 
 ENCODE_AT_ONCE = 16
 PIXELS_AT_ONCE = ENCODE_AT_ONCE * 128 * 128
 """What one pass of the autoencoder takes: in float32 its widest layers need half a kilobyte a pixel, each."""
-SHARD = 512
+SHARD, SHARD_BYTES, SHARD_SECONDS = 512, 128 * 2**20, 300.0
+"""A shard is written when it has so many entries, so many bytes, or took so long."""
+SPARE = 2**26
+"""Bytes that are to be left on the disk."""
 TEXT_LIMIT = 256 * 2**20
 """Bytes of caption encodings that are worth keeping; more than that is encoded anew in each step."""
+
+Ints = npt.NDArray[np.int64]
 
 
 def uncached(wanted: Wanted, family: Family) -> dict[str, str]:
@@ -62,12 +73,18 @@ def feed(opened: Opened, wanted: Wanted, family: Family) -> Feed:
         wanted.jitter,
     )
     latents = Latents(family.latent_channels, family.factor)
-    anew = uncached(wanted, family)
-    if wanted.cache is not None and "vae" in family.modules() and "pictures" not in anew:
-        latents = _cache_latents(opened, views, wanted, family)
     texts = Texts(family.tokenize if family.text_encoders else None)
+    anew = uncached(wanted, family)
+    works: list[_Work] = []
+    if wanted.cache is not None and "vae" in family.modules() and "pictures" not in anew:
+        latents, work = _latents(opened, views, wanted, family)
+        works.append(work)
     if wanted.cache is not None and family.text_encoders and "captions" not in anew:
-        texts = _cache_text(opened.samples, wanted, family) or texts
+        texts, more = _texts(opened.samples, wanted, family) or (texts, None)
+        works += [more] if more is not None else []
+    _announce(works)
+    for work in works:
+        _encode(work, wanted.share)
     return Feed(
         views,
         wanted.captions,
@@ -86,68 +103,109 @@ def pictures_at_once(height: int, width: int) -> int:
     return max(1, min(ENCODE_AT_ONCE, PIXELS_AT_ONCE // (height * width)))
 
 
-class _Entry(NamedTuple):
-    """What is to be encoded."""
+class _Work(NamedTuple):
+    """What is to be encoded into a store.
 
-    name: str
-    slot: Slot
-    flip: bool
+    Attributes:
+        what: `pictures` or `captions`.
+        missing: how many entries are, over all processes.
+        size: bytes of these.
+        chunks: of this process; encode: makes the entries of a chunk.
+    """
+
+    what: str
+    store: Store
+    missing: int
+    size: int
+    chunks: Sequence[Ints]
+    encode: Callable[[Ints], dict[str, Tensor]]
 
 
-def _cache_latents(opened: Opened, views: Views, wanted: Wanted, family: Family) -> Latents:
+class _Entries(NamedTuple):
+    """Encodings of pictures that may be asked for, each once; those of a bucket stand together.
+
+    Attributes:
+        sample, bucket: int64 [E]; flip: bool [E], mirrored; name: bytes [E].
+    """
+
+    sample: Ints
+    bucket: Ints
+    flip: npt.NDArray[np.bool_]
+    name: npt.NDArray[np.bytes_]
+
+
+def _latents(opened: Opened, views: Views, wanted: Wanted, family: Family) -> tuple[Latents, _Work]:
     assert wanted.cache is not None
-    store, share = Store(wanted.cache / "latents"), wanted.share
+    store = Store(wanted.cache / "latents")
     about = {
         "vae": family.digests["vae"],
         "dtype": "float32",
         "background": str(wanted.reading.background),
         "alpha": wanted.reading.alpha,
     }
-    digests = [known.digest for known in opened.known.pictures]
+    digests = opened.known.pictures.hexes
     latents = Latents(family.latent_channels, family.factor, store, digests, tuple(sorted(about.items())))
-    # Shared out before it is known what is missing, so that it is the same to each however they hurry.
-    entries = list({entry.name: entry for entry in _entries(opened, views, latents)}.values())
-    items = [entry for entry in entries[share.rank :: share.processes] if entry.name not in store]
-    still = replace(views, flip=False)
+    shapes = opened.assigned.shapes
+    entries = _entries(opened, views, latents)
+    lacks, still = ~store.has(entries.name), replace(views, flip=False)
 
-    def encode(chunk: Sequence[_Entry]) -> dict[str, Tensor]:
-        looks = [still.picture(entry.slot) for entry in chunk]
-        looks = [look[:, ::-1] if entry.flip else look for look, entry in zip(looks, chunk, strict=True)]
+    def encode(chunk: Ints) -> dict[str, Tensor]:
+        slots = [Slot(int(entries.sample[e]), 0, 0, 1.0, shapes[entries.bucket[e]]) for e in chunk]
+        looks = [still.picture(slot) for slot in slots]
+        looks = [
+            look[:, ::-1] if flip else look for look, flip in zip(looks, entries.flip[chunk], strict=True)
+        ]
         pixels = torch.from_numpy(np.stack([pictures.to_signed(p) for p in looks])).to(family.device)
         both = torch.cat(family.encode_images(pixels), dim=1).cpu()
-        return {entry.name: row.clone() for entry, row in zip(chunk, both, strict=True)}
+        names = [views.samples[slot.sample].picture.name for slot in slots]
+        _check_finite(names, both, "the autoencoder", "take another one (base.vae)")
+        return {_text(entries.name[e]): row.clone() for e, row in zip(chunk, both, strict=True)}
 
-    _encode(_alike(items, views), len(items), encode, store, "encoding pictures")
-    share.wait()
-    store.refresh()
-    return latents
+    sides = np.array(shapes, np.int64).reshape(-1, 2) // family.factor
+    each = 2 * family.latent_channels * sides.prod(axis=1) * 4
+    size = int((each * np.bincount(entries.bucket[lacks], minlength=len(shapes))).sum())
+    chunks: list[Ints] = []
+    mine = _mine(lacks, wanted.share)
+    for group in np.split(mine, np.flatnonzero(np.diff(entries.bucket[mine])) + 1):
+        chunks += _cut(group, pictures_at_once(*shapes[entries.bucket[group[0]]])) if len(group) else []
+    latents = replace(latents, entries=len(lacks))
+    return latents, _Work("pictures", store, int(lacks.sum()), size, chunks, encode)
 
 
-def _entries(opened: Opened, views: Views, latents: Latents) -> Iterator[_Entry]:
+def _entries(opened: Opened, views: Views, latents: Latents) -> _Entries:
     """Every encoding that may be asked for: each sample in each of its buckets, mirrored too if it may be."""
     about = opened.assigned
-    rows = [(n, about.shapes[b]) for n, b in zip(about.sample.tolist(), about.bucket.tolist(), strict=True)]
-    classes = range(len(opened.repeats), len(opened.samples))
-    rows += [(number, shape) for number in classes for shape in about.shapes]
-    for number, bucket in rows:
-        slot = Slot(number, 0, 0, 1.0, bucket)
+    classes = np.arange(len(opened.repeats), len(opened.samples))
+    parts = []
+    for number, shape in enumerate(about.shapes):
+        of = np.concatenate([np.unique(about.sample[about.bucket == number]), classes])
         for flip in (False, True) if views.flip else (False,):
-            yield _Entry(latents.name(number, views.shape(slot), flip), slot, flip)
+            names = np.array(latents.names(of.tolist(), shape, flip), NAME)
+            parts.append(_Entries(of, np.full(len(of), number), np.full(len(of), flip), names))
+    sample, bucket, flips, every = (np.concatenate(column) for column in zip(*parts, strict=True))
+    _, first = np.unique(every, return_index=True)
+    first.sort()
+    return _Entries(sample[first], bucket[first], flips[first], every[first])
 
 
-def _alike(items: Sequence[_Entry], views: Views) -> list[Sequence[_Entry]]:
-    """The entries in chunks of one size that are encoded together."""
-    shapes: dict[tuple[int, int], list[_Entry]] = {}
-    for item in items:
-        shapes.setdefault(views.shape(item.slot), []).append(item)
-    return [
-        those[start : start + pictures_at_once(*shape)]
-        for shape, those in shapes.items()
-        for start in range(0, len(those), pictures_at_once(*shape))
-    ]
+def _mine(lacks: npt.NDArray[np.bool_], share: Share) -> Ints:
+    """The entries that this process encodes.
+
+    Shared out before it is known what is missing, so that it is the same to each however they hurry.
+    """
+    mine = np.arange(share.rank, len(lacks), share.processes)
+    return mine[lacks[mine]]
 
 
-def _cache_text(samples: Sequence[Sample], wanted: Wanted, family: Family) -> Texts | None:
+def _cut(items: Ints, size: int) -> list[Ints]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _text(name: np.bytes_) -> str:
+    return name.decode()
+
+
+def _texts(samples: Sequence[Sample], wanted: Wanted, family: Family) -> tuple[Texts, _Work] | None:
     """The cache of all captions that may come; None where they are too many to keep."""
     assert wanted.cache is not None
     with torch.no_grad():
@@ -175,44 +233,81 @@ def _cache_text(samples: Sequence[Sample], wanted: Wanted, family: Family) -> Te
     def name(caption: str) -> str:
         return key(caption=caption, **about)
 
-    items = [(name(c), c) for c in captions]
-    items = [item for item in items[wanted.share.rank :: wanted.share.processes] if item[0] not in store]
+    names = [name(caption) for caption in captions]
+    lacks = ~store.has(np.array(names, NAME))
 
-    def encode(chunk: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+    def encode(chunk: Ints) -> dict[str, Tensor]:
+        those = [captions[number] for number in chunk]
         with torch.no_grad():
-            tokens = family.tokenize([c for _, c in chunk]).to(family.device)
+            tokens = family.tokenize(those).to(family.device)
             text = family.encode_prompts(tokens).map(lambda tensor: tensor.cpu())
-        entries = {n: row.clone() for (n, _), row in zip(chunk, text.hidden, strict=True)}
+        told = [f"the caption {caption!r}" for caption in those]
+        _check_finite(told, text.hidden, "the text encoder", "take train.precision: fp32")
+        entries = {names[number]: row.clone() for number, row in zip(chunk, text.hidden, strict=True)}
         if text.pooled is not None:
             pooled = zip(chunk, text.pooled, strict=True)
-            entries |= {POOLED.format(n): row.clone() for (n, _), row in pooled}
+            entries |= {POOLED.format(names[number]): row.clone() for number, row in pooled}
         return entries
 
-    chunks = [items[start : start + ENCODE_AT_ONCE] for start in range(0, len(items), ENCODE_AT_ONCE)]
-    _encode(chunks, len(items), encode, store, "encoding captions")
-    wanted.share.wait()
-    store.refresh()
-    return Texts(family.tokenize, store, name, one.pooled is not None)
+    chunks = _cut(_mine(lacks, wanted.share), ENCODE_AT_ONCE)
+    work = _Work("captions", store, int(lacks.sum()), int(lacks.sum()) * size, chunks, encode)
+    return Texts(family.tokenize, store, name, one.pooled is not None, len(names)), work
 
 
-Item = TypeVar("Item")
+def _check_finite(names: Sequence[str], encoded: Tensor, encoder: str, advice: str) -> None:
+    """What is no finite number is never kept: it would look like a fault of the training.
+
+    Raises:
+        UserError: an encoding [B, ...] is not finite; it names what was encoded.
+    """
+    for name, one in zip(names, encoded, strict=True):
+        if not bool(one.isfinite().all()):
+            raise UserError(f"{name}: {encoder} makes no finite numbers of it; {advice}, or leave it out")
 
 
-def _encode(
-    chunks: Sequence[Sequence[Item]],
-    count: int,
-    encode: Callable[[Sequence[Item]], dict[str, Tensor]],
-    store: Store,
-    description: str,
-) -> None:
-    """Encode what the cache lacks, a shard at a time."""
-    if not count:
-        return
+def _announce(works: Sequence[_Work]) -> None:
+    """Say what is going to be encoded, and how much room it takes.
+
+    Raises:
+        UserError: the disk has not as much.
+    """
+    needed, room = 0, 0
+    for work in works:
+        if work.missing:
+            size, room = work.size + work.missing * OVERHEAD, free(work.store.folder)
+            needed += size
+            told = f"about {amount(size)} into {work.store.folder}, {amount(room)} are free"
+            say(f"{work.what} to encode: {work.missing}, {told}")
+    if needed and needed + SPARE > room:
+        folder = works[0].store.folder.parent
+        raise UserError(
+            f"data.cache: {folder}: what is to be encoded takes about {amount(needed)}, "
+            f"and {amount(room)} are free; make room, name another folder, or set 'off': encode in each step"
+        )
+
+
+def amount(size: int) -> str:
+    """Bytes in words: 3 MiB, 1.2 GiB."""
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{math.ceil(size / 2**20)} MiB"
+
+
+def _encode(work: _Work, share: Share) -> None:
+    """Encode what the cache lacks, a shard at a time; what is ready is written when it is stopped, too."""
     shard: dict[str, Tensor] = {}
-    for chunk in track(chunks, len(chunks), f"{description} ({count})", "batches"):
-        shard |= encode(chunk)
-        if len(shard) >= SHARD:
-            store.write(shard)
-            shard = {}
-    if shard:
-        store.write(shard)
+    size, begun = 0, time.monotonic()
+    try:
+        count = sum(map(len, work.chunks))
+        chunks = track(work.chunks, len(work.chunks), f"encoding {work.what} ({count})", "batches")
+        for chunk in chunks if count else ():
+            fresh = work.encode(chunk)
+            shard |= fresh
+            size += sum(tensor.nbytes for tensor in fresh.values())
+            if len(shard) >= SHARD or size >= SHARD_BYTES or time.monotonic() - begun >= SHARD_SECONDS:
+                ready, shard = shard, {}
+                work.store.write(ready)
+                size, begun = 0, time.monotonic()
+    finally:
+        if shard:
+            work.store.write(shard)
+    share.wait()
+    work.store.refresh()

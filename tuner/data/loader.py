@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,14 +11,14 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tuner import counted
+from tuner import counted, signals
 from tuner.batch import Batch
 from tuner.data import conditions, holes, pictures
-from tuner.data.cache import Store, key
+from tuner.data.cache import Store, key, keys
 from tuner.data.captions import CaptionRule
 from tuner.data.conditions import Condition
 from tuner.data.noise import Draws
-from tuner.data.plan import Plan, Slot, share
+from tuner.data.plan import Plan, Slot, Stages, share
 from tuner.data.samples import Sample
 from tuner.data.views import Picture, Seen, Views
 from tuner.errors import UserError
@@ -31,6 +32,7 @@ class Latents:
 
     Attributes:
         digests: of each sample, its picture's; about: what else an entry depends on.
+        entries: how many are in the cache for these samples.
     """
 
     channels: int
@@ -38,18 +40,20 @@ class Latents:
     store: Store | None = None
     digests: Sequence[str] = ()
     about: tuple[tuple[str, str], ...] = ()
+    entries: int = 0
 
     def name(self, sample: int, shape: tuple[int, int], flip: bool) -> str:
         """The cache's entry of a sample at a height and width, as it is or mirrored."""
+        return key(picture=self.digests[sample], **self._depends(shape, flip))
+
+    def names(self, samples: Iterable[int], shape: tuple[int, int], flip: bool) -> list[str]:
+        """Those of several samples; quicker than one after the other."""
+        digests = (self.digests[sample] for sample in samples)
+        return list(keys("picture", digests, **self._depends(shape, flip)))
+
+    def _depends(self, shape: tuple[int, int], flip: bool) -> dict[str, object]:
         height, width = shape
-        return key(
-            picture=self.digests[sample],
-            height=height,
-            width=width,
-            crop="center",
-            flip=flip,
-            **dict(self.about),
-        )
+        return {"height": height, "width": width, "crop": "center", "flip": flip, **dict(self.about)}
 
 
 POOLED = "{} pooled"
@@ -64,6 +68,7 @@ class Texts:
     store: Store | None = None
     name: Callable[[str], str] | None = None  # caption -> entry
     pooled: bool = False  # each entry has one of the pooled encoding beside, named by POOLED
+    entries: int = 0  # how many are in the cache for these samples
 
 
 @dataclass(frozen=True)
@@ -227,6 +232,34 @@ class Feed:
         return Text(hidden, None if pooled is None else torch.stack(pooled))
 
 
+class Waited(Iterator[Batch]):
+    """Batches, and how much of the time they were waited for."""
+
+    def __init__(self, batches: Iterator[Batch], clock: Callable[[], float] = time.monotonic) -> None:
+        self._batches, self._clock = batches, clock
+        self._since = self._begun = clock()
+        self._now = self._before = 0.0  # seconds: since it was asked last, and before
+
+    def __next__(self) -> Batch:
+        start = self._clock()
+        try:
+            return next(self._batches)
+        finally:
+            self._now += self._clock() - start
+
+    def lately(self) -> float:
+        """The share of the time since it was asked last, or since the beginning: 0 to 1."""
+        now = self._clock()
+        passed, waited = now - self._since, self._now
+        self._since, self._before, self._now = now, self._before + waited, 0.0
+        return waited / passed if passed > 0 else 0.0
+
+    def all(self) -> float:
+        """The share of the whole time: 0 to 1."""
+        passed = self._clock() - self._begun
+        return (self._before + self._now) / passed if passed > 0 else 0.0
+
+
 @dataclass(frozen=True)
 class Division:
     """How a step's batch is divided."""
@@ -242,7 +275,7 @@ class _Steps(Dataset[Batch | UserError]):
     A user's mistake is handed over as a value: raised in a worker it would arrive wrapped in a traceback.
     """
 
-    def __init__(self, feed: Feed, plan: Plan, division: Division) -> None:
+    def __init__(self, feed: Feed, plan: Plan | Stages, division: Division) -> None:
         self.feed, self.plan, self.division = feed, plan, division
 
     def __getitem__(self, index: int) -> Batch | UserError:
@@ -256,7 +289,13 @@ class _Steps(Dataset[Batch | UserError]):
 
 
 def stream(
-    feed: Feed, plan: Plan, division: Division, start: int, stop: int, workers: int, pin: bool = False
+    feed: Feed,
+    plan: Plan | Stages,
+    division: Division,
+    start: int,
+    stop: int,
+    workers: int,
+    pin: bool = False,
 ) -> Iterator[Batch]:
     """The micro-batches of steps start..stop-1 of one process, in order; start > 0 continues a run.
 
@@ -265,7 +304,12 @@ def stream(
     """
     wanted = range(start * division.accumulate, stop * division.accumulate)
     loader: DataLoader[Batch | UserError] = DataLoader(
-        _Steps(feed, plan, division), batch_size=None, sampler=wanted, num_workers=workers, pin_memory=pin
+        _Steps(feed, plan, division),
+        batch_size=None,
+        sampler=wanted,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=signals.ignore,
     )
     for item in loader:
         if isinstance(item, UserError):

@@ -140,6 +140,18 @@ class Plan:
         """Steps of an epoch; where repeats are fractional their mean, rounded up."""
         return -(-int(self._starts[-1]) // self.cycle)
 
+    def words(self, steps: int) -> str:
+        """What a run of so many steps sees."""
+        besides = "" if self.beside is None else f" and {self.beside.number} class pictures beside"
+        return (
+            f"{len(self.entries)} samples an epoch{besides}, {steps} steps of {self.batch_size} pictures "
+            f"({steps / self.steps_per_epoch:.3g} epochs)"
+        )
+
+    def pictures(self, step: int) -> int:
+        """How many pictures a step sees, at most."""
+        return self.batch_size
+
     def steps_in(self, epochs: int) -> int:
         """Steps of the first `epochs` epochs, exactly."""
         cycles, rest = divmod(epochs, self.cycle)
@@ -280,6 +292,22 @@ class Stages:
     def steps(self) -> int:
         """Optimiser steps of all."""
         return int(self._ends[-1])
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures in one optimiser step of the last stage."""
+        return self.plans[-1].batch_size
+
+    def words(self, steps: int) -> str:
+        """What a run of so many steps sees, stage by stage."""
+        assert steps == self.steps
+        lengths = np.diff(self._ends, prepend=0).tolist()
+        parts = [plan.words(length) for plan, length in zip(self.plans, lengths, strict=True)]
+        return "; then ".join(parts)
+
+    def pictures(self, step: int) -> int:
+        """How many pictures a step sees, at most."""
+        return self.plans[self.find(step)[0]].batch_size
 
     def find(self, step: int) -> tuple[int, int]:
         """The stage of a step, and the step in it, both counted from 0."""

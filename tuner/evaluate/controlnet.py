@@ -11,7 +11,7 @@ import torch
 from tuner.data.pictures import to_signed
 from tuner.evaluate.edges import canny, edge_f1
 from tuner.evaluate.measures import Look, Picture, Values, judged, table, without_records
-from tuner.sample import sheet, to_pictures
+from tuner.sample import sheet, to_pictures, write_png
 
 SHOWN = 8
 CURVE = "edge_f1"
@@ -74,9 +74,8 @@ def measure(look: Look) -> dict[str, Values]:
         f"right prompt, {way['no prompt'][key]:.0%} with none"
     )
     place = look.output / "evaluation" / "edges.png"
-    place.parent.mkdir(parents=True, exist_ok=True)
     columns = {"condition": edges, **pictures, "original": originals}
-    sheet({n: list(p[:SHOWN]) for n, p in columns.items()}, right[:SHOWN]).save(place)
+    write_png(place, sheet({n: list(p[:SHOWN]) for n, p in columns.items()}, right[:SHOWN]))
     rows |= {f"way, {prompt}": values for prompt, values in way.items()}
     found = {"edges followed": table(rows, verdict + _onset(look), picture="evaluation/edges.png")}
     named = look.named("long")

@@ -9,7 +9,7 @@ import numpy as np
 
 from tuner.evaluate.judge import read
 from tuner.evaluate.measures import Look, Picture, Values, judged, table, without_records
-from tuner.sample import sheet
+from tuner.sample import sheet, write_png
 
 
 def measure(look: Look) -> dict[str, Values]:
@@ -28,8 +28,7 @@ def measure(look: Look) -> dict[str, Values]:
     }
     rows = {name: {"style": _share(made, style), **judged(made, named)} for name, made in pictures.items()}
     place = look.output / "evaluation" / "style.png"
-    place.parent.mkdir(parents=True, exist_ok=True)
-    sheet({name: made[:8] for name, made in pictures.items()}, prompts[:8]).save(place)
+    write_png(place, sheet({name: made[:8] for name, made in pictures.items()}, prompts[:8]))
     new, old = rows["with the LoRA"], rows["base alone"]
     verdict = (
         f"the style ({style}) is drawn in {new['style']:.0%} of the pictures with the LoRA, "

@@ -18,7 +18,7 @@ from tuner.evaluate.world import BACKGROUNDS, COLOURS, CONFUSABLE, PLACES
 from tuner.family import Family
 from tuner.method import Method
 from tuner.methods.textual_inversion import TextualInversion, Word
-from tuner.sample import sheet
+from tuner.sample import sheet, write_png
 from tuner.task import Task
 
 NEAREST = 5
@@ -45,9 +45,9 @@ def measure(look: Look) -> dict[str, Values]:
             f"{word.token}, in {old:.0%} with the initial word"
         )
     place = look.output / "evaluation" / "concept.png"
-    place.parent.mkdir(parents=True, exist_ok=True)
     token = method.words[0].token if len(method.words) == 1 else "..."
-    sheet(shown, [_detailed(token, i)[0] for i in range(min(6, look.count))]).save(place)
+    details = [_detailed(token, i)[0] for i in range(min(6, look.count))]
+    write_png(place, sheet(shown, details))
     return {"concept": table(rows, "; ".join(verdicts), picture="evaluation/concept.png")}
 
 

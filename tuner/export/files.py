@@ -15,6 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from tuner.disk import writing
+
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     """Write a safetensors file that is a function of its tensors and metadata alone.
@@ -24,23 +26,33 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
 
     Raises:
         ValueError: there is no tensor to save.
+        DiskError: it cannot be written.
     """
     if not tensors:
         raise ValueError(f"{path}: there is no tensor to save")
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path, "partial")
-    try:
+    with _appears(path, partial):
         partial.touch()
         mode = partial.stat().st_mode
         safetensors.torch.save_file(_plain(tensors), partial, metadata=dict(metadata) or None)
         partial.chmod(mode)  # the library lets the owner alone read its files, whatever the umask says
         _sort_header(partial)
-        _flush(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _flush(path.parent)
     return path
+
+
+@contextlib.contextmanager
+def _appears(path: Path, partial: Path) -> Iterator[None]:
+    """What the block writes to `partial` comes to `path` when it ends well, and vanishes otherwise."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+            _flush(partial)
+            partial.replace(path)
+        finally:
+            with contextlib.suppress(OSError):  # as of a disk that can no more be written to
+                partial.unlink(missing_ok=True)
+        _flush(path.parent)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -69,16 +81,14 @@ def data_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def write_whole(path: Path, data: bytes | str) -> Path:
-    """Write a file (text as UTF-8) beside, flush it and rename it into place. Returns `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file (text as UTF-8) beside, flush it and rename it into place. Returns `path`.
+
+    Raises:
+        DiskError: it cannot be written.
+    """
     partial = _beside(path, "partial")
-    try:
+    with _appears(path, partial):
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
-        _flush(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    _flush(path.parent)
     return path
 
 
@@ -92,22 +102,23 @@ def folder_whole(path: Path) -> Iterator[Path]:
     """
     partial = _beside(path, "partial")
     aside = path.with_name(f".{path.name}.old")
-    _recover(path, aside)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-        for entry in sorted(partial.rglob("*")):
-            _flush(entry)
-        _flush(partial)
-        if path.exists():
-            path.replace(aside)
-        partial.replace(path)
-        _flush(path.parent)
-    finally:
+    with writing(path):
         _recover(path, aside)
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            for entry in sorted(partial.rglob("*")):
+                _flush(entry)
+            _flush(partial)
+            if path.exists():
+                path.replace(aside)
+            partial.replace(path)
+            _flush(path.parent)
+        finally:
+            _recover(path, aside)
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _recover(path: Path, aside: Path) -> None:

@@ -47,7 +47,10 @@ _EXTRA = (
     "zero_terminal_snr",
 )
 # Keys of a recipe that only a place is given for, whether it is still there or not.
-_PLACES = ("data.source.path", "data.heldout.path", "method.full.prior.source", "train.resume")
+_PLACES = (
+    *("data.source.path", "data.heldout.path", "train.resume"),
+    *(f"method.{name}.prior.source" for name in ("full", "lora")),
+)
 _LORA_ONLY = ("rank", "alpha", "algorithm", "tag_frequency")
 ALGORITHMS = ("lora", "dora", "loha", "lokr")
 
@@ -201,7 +204,16 @@ def local_name(text: str) -> str:
 
 def _place_name(text: str) -> str:
     """The last part of a path, which may be gone; a set on the Hub and an address as they are."""
-    return local_name(text if text.startswith("hub:") or "://" in text else os.path.join(".", text))
+    if "://" in text and not text.startswith("file://"):
+        return _public_address(text)
+    return local_name(text if text.startswith(("hub:", "file://")) else os.path.join(".", text))
+
+
+def _public_address(address: str) -> str:
+    """Without what a name, a password or a token may stand in: user information, query, fragment."""
+    scheme, _, rest = address.partition("://")
+    place, slash, path = rest.partition("/")
+    return f"{scheme}://{place.rpartition('@')[2]}{slash}{path.partition('?')[0].partition('#')[0]}"
 
 
 def _shorten(value: Any, at: str) -> Any:

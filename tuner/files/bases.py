@@ -80,7 +80,7 @@ def config(place: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{file}: {error}") from error
+        raise UserError(f"{file}: is no JSON ({error})") from error
 
 
 def choose(name: str | None, contents: Contents, identity: Identity) -> Base:

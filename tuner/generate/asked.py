@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from tuner.options import option as _option
+from tuner.options import signature
+
 Many = list[str]
 BASE, WHAT, HOW, WHERE = "Base", "Adapters and pictures", "Drawing", "Output"
-
-
-def _option(name: str, text: str, panel: str, metavar: str | None = None) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, metavar=metavar)
 
 
 @dataclass(frozen=True)
@@ -99,23 +96,5 @@ def sample(**given: Any) -> None:
     make(Asked(**given))
 
 
-def _as_signature(kind: type) -> inspect.Signature:
-    """A dataclass's fields as a function's named arguments, which typer makes options of."""
-    hints = get_type_hints(kind, include_extras=True)
-    arguments = []
-    for one in dataclasses.fields(kind):
-        default = one.default
-        if one.default_factory is not dataclasses.MISSING:
-            default = one.default_factory()
-        elif default is dataclasses.MISSING:
-            default = inspect.Parameter.empty
-        arguments.append(
-            inspect.Parameter(
-                one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[one.name]
-            )
-        )
-    return inspect.Signature(arguments)
-
-
-sample.__signature__ = _as_signature(Asked)  # type: ignore[attr-defined]
+sample.__signature__ = signature(Asked)  # type: ignore[attr-defined]
 sample.__annotations__ = get_type_hints(Asked, include_extras=True)

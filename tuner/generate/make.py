@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tuner import device, gather, guidance, samplers
+from tuner import device, guidance, samplers
 from tuner.errors import UserError
 from tuner.family import Family
 from tuner.generate import attach, draw, keep, shown, source
@@ -180,7 +180,7 @@ def _drawer(asked: Asked, plan: Plan, family: Family, branches: Sequence[nn.Modu
 def _usual(family: Family, found: Source) -> shown.Size:
     """The size that the recipe trains at, else the base's own."""
     if found.recipe is not None:
-        side = max(gather.sides(found.recipe.data.resolution))
+        side = found.recipe.data.side
         return side, side
     cells: Any = public_config(family.denoiser)["sample_size"]
     high, wide = (cells, cells) if isinstance(cells, int) else cells

@@ -22,7 +22,7 @@ from tuner.export.adapter import Adapter
 from tuner.export.files import save
 from tuner.export.metadata import Kind, with_hash
 from tuner.family import Family
-from tuner.method import Card, Method
+from tuner.method import Card, Method, Prior
 
 __all__ = ["METHOD", "Config", "Lora"]
 
@@ -72,6 +72,10 @@ class Lora(Method):
         self.layers: dict[str, Any] = {}
         self._inject(family, seed, filled)
         self._check_tools()
+
+    @property
+    def prior(self) -> Prior | None:
+        return self.config.prior
 
     @classmethod
     def exact(cls, config: Config) -> tuple[str, ...]:

@@ -304,7 +304,10 @@ def _starts(words: Sequence[Word], family: Family, drawn: torch.Generator) -> di
         if word.init == RANDOM:
             made = [_random(table, word.vectors, drawn) for table in tables.values()]
         elif _is_file(word.init):
-            made = embedding.from_file(Path(word.init), [table.shape[1] for table in tables.values()])
+            try:
+                made = embedding.from_file(Path(word.init), [table.shape[1] for table in tables.values()])
+            except UserError as error:
+                raise UserError(f"method.textual_inversion.init: {error}") from error
         else:
             ids = _ids(word, family)
             made = [table[ids[encoder]] for encoder, table in tables.items()]

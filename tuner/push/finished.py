@@ -208,3 +208,9 @@ def dig(value: Any, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def sizes(recipe: Any) -> list[Any]:
+    """What a recipe says of its resolution, stage after stage."""
+    stages = dig(recipe, "data", "stages")
+    return [dig(stage, "resolution") for stage in stages] if stages else [dig(recipe, "data", "resolution")]

@@ -15,7 +15,7 @@ from tuner.progress import say
 from tuner.push import card as model_card
 from tuner.push import finished, licences, usage
 from tuner.push.card import Card, Measure, Shown
-from tuner.push.finished import Finished, PushError, dig
+from tuner.push.finished import Finished, PushError, dig, sizes
 from tuner.push.usage import Usage
 
 FEW = 4  # pictures that are shown one by one
@@ -211,7 +211,7 @@ def _shown(source: Finished, pictures: Pictures) -> tuple[list[Shown], tuple[str
 
 def _usage(source: Finished, wish: Wish, trigger: str | None, shown: list[Shown]) -> Usage:
     recipe, base = source.recipe, source.base
-    raw, resolution = str(dig(recipe, "base", "path")), dig(recipe, "data", "resolution")
+    raw, resolution = str(dig(recipe, "base", "path")), sizes(recipe)[-1]
     kind: Literal["hub", "here", "file", "embedded"] = "here"
     if base == "embedded":
         kind = "embedded"
@@ -276,7 +276,7 @@ def _facts(source: Finished, data: list[str]) -> dict[str, str]:
         "Base": source.base,
         "Data": ", ".join(data),
         "Condition": dig(recipe, "method", "controlnet", "condition"),
-        "Resolution": f"{dig(recipe, 'data', 'resolution')} pixels",
+        "Resolution": f"{', then '.join(map(str, sizes(recipe)))} pixels",
         "Steps": f"{source.step:,} of {train.get('batch_size')} pictures",
         "Learning rate": train.get("learning_rate"),
         "Schedule": train.get("schedule"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,11 +18,12 @@ import pyarrow.compute as pc
 from tuner.data.blob import File, Held, file_stamp
 from tuner.data.samples import Sample, Samples
 from tuner.data.sources.columns import Chosen
-from tuner.data.sources.rows import caption_problem, number_problem
+from tuner.data.sources.rows import caption_cell, number_problem, told_captions
 from tuner.data.sources.spec import SourceSpec
 from tuner.errors import UserError
 
 AT_ONCE = 4096
+MEND = "put the pictures into the table, or beside it"
 
 
 class Cells:
@@ -29,10 +32,11 @@ class Cells:
     Attributes:
         name: what messages call the set: `hub:owner/name train`.
         of: names its bytes, as a blob's stamp does; None: unknown.
+        homes: the folders that files it names lie in; others are not the set's to name.
     """
 
-    def __init__(self, loaded: Any, chosen: Chosen, name: str, split: str) -> None:
-        self.name = name
+    def __init__(self, loaded: Any, chosen: Chosen, name: str, split: str, homes: tuple[str, ...]) -> None:
+        self.name, self.homes = name, homes
         self.columns = {column: loaded.select_columns([column]) for column in chosen.pictures}
         self._arrow = {name: column.with_format("arrow") for name, column in self.columns.items()}
         files = [file_stamp(Path(one["filename"])) for one in loaded.cache_files]
@@ -88,6 +92,8 @@ class Cell:
             return data
         if path is None:
             raise UserError(f"{self.name}: no picture there")
+        if not belongs(path, self.cells.homes):
+            raise UserError(f"{self.name}: names {path}, which leaves the folder of the set; {MEND}")
         try:
             return File(Path(path)).read()
         except UserError as error:
@@ -96,9 +102,28 @@ class Cell:
     def stamp(self) -> str | None:
         """The stamps of the set's files with row and column; that of the picture's file where it is one."""
         path = self.cells.path(self.column, self.row)
-        if path is not None:
-            return file_stamp(Path(path))
+        if path is not None:  # of a file that is not read nothing is remembered
+            return file_stamp(Path(path)) if belongs(path, self.cells.homes) else None
         return None if self.cells.of is None else f"{self.cells.of} {self.column} {self.row}"
+
+
+def homes(spec: SourceSpec) -> tuple[str, ...]:
+    """The folders whose files a set may name: its own, and those that `datasets` downloads to.
+
+    A set that someone else made could else name any picture on this machine, and it would be trained on.
+    """
+    from datasets import config
+    from huggingface_hub import constants
+
+    own = {"saved": [spec.path], "table": [os.path.dirname(re.split(r"[*?{\[]", spec.path)[0]) or "."]}
+    downloads = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, constants.HF_HUB_CACHE)
+    return tuple(os.path.realpath(place) for place in (*own.get(spec.kind, []), *map(str, downloads)))
+
+
+def belongs(path: str, homes: tuple[str, ...]) -> bool:
+    """Whether a file lies in one of the folders, wherever links in its path lead."""
+    real = os.path.realpath(path)
+    return any(real.startswith(home + os.sep) for home in homes)
 
 
 class SetSamples(Samples):
@@ -107,8 +132,8 @@ class SetSamples(Samples):
     def __init__(self, loaded: Any, chosen: Chosen, name: str, spec: SourceSpec, source: int) -> None:
         super().__init__(spec.path, len(loaded), spec.repeats, spec.weight, source)
         self.chosen = chosen
-        self.cells = Cells(loaded, chosen, name, spec.split or "train")
-        others = [column for key, column in chosen.names.items() if column not in chosen.pictures]
+        self.cells = Cells(loaded, chosen, name, spec.split or "train", homes(spec))
+        others = [column for column in chosen.used if column not in chosen.pictures]
         self.texts = loaded.select_columns(others)
         bad = self._check(loaded)
         self.rows = None if not bad else np.setdiff1d(np.arange(len(loaded)), np.array(sorted(bad)))
@@ -125,7 +150,8 @@ class SetSamples(Samples):
         names = self.chosen.names
         picture = Cell(self.cells, names["picture"], row)
         others = [self._other(names.get(key), row) for key in ("condition", "mask")]
-        return Sample(picture, about[0], others[0], others[1], about[1], weight=about[2])
+        captions, kinds, scene, weight = about
+        return Sample(picture, captions, others[0], others[1], scene, weight=weight, kinds=kinds)
 
     def _other(self, column: str | None, row: int) -> Cell | None:
         if column is None or self.cells.is_null(column, row):
@@ -134,16 +160,16 @@ class SetSamples(Samples):
 
     def _check(self, loaded: Any) -> set[int]:
         """The rows that are no samples; what is wrong with them is put into the problems."""
-        names = self.chosen.names
+        picture, said = self.chosen.names["picture"], list(self.chosen.captions.values())
         bad: dict[int, str] = {}
-        wanted = [names["picture"], names["caption"]]
-        batches = loaded.select_columns(wanted).with_format("arrow").iter(batch_size=AT_ONCE)
+        wanted = dict.fromkeys([picture, *said])
+        batches = loaded.select_columns(list(wanted)).with_format("arrow").iter(batch_size=AT_ONCE)
         for number, batch in enumerate(batches):
             start = number * AT_ONCE
-            for row in _nowhere(batch.column(wanted[0])):
-                bad[start + row] = f"no picture in column {wanted[0]}"
-            for row in _unsaid(batch.column(wanted[1])):
-                bad[start + row] = f"no caption in column {wanted[1]}"
+            for row in _nowhere(batch.column(picture)):
+                bad[start + row] = f"no picture in column {picture}"
+            for row in set.intersection(*(set(_unsaid(batch.column(column))) for column in said)):
+                bad[start + row] = f"no caption in column {' or '.join(said)}"
         self._problems = [f"{self.cells.name}[{row}]: {what}" for row, what in sorted(bad.items())]
         return set(bad)
 
@@ -155,16 +181,24 @@ def parts(cell: Any) -> tuple[bytes | None, str | None]:
     return cell, None
 
 
-def known(
-    row: dict[str, Any], chosen: Chosen, wrong: list[str]
-) -> tuple[tuple[str, ...], dict[str, Any] | None, float]:
+class Known(NamedTuple):
+    """What a row says besides its pictures."""
+
+    captions: tuple[str, ...]
+    kinds: tuple[str, ...]
+    scene: dict[str, Any] | None
+    weight: float
+
+
+def known(row: dict[str, Any], chosen: Chosen, wrong: list[str]) -> Known:
     """Captions, scene and weight of a row; what is wrong with it is added to `wrong`."""
     names = chosen.names
-    found, weight = row[names["caption"]], row.get(names.get("weight", ""))
+    found, weight = caption_cell(row, chosen.captions), row.get(names.get("weight", ""))
     if chosen.labels and isinstance(found, int):
         found = chosen.labels[found]
     weight = 1.0 if weight is None else weight
-    wrong += [one for one in (caption_problem(found), number_problem(weight)) if one]
+    captions, kinds = told_captions(found, wrong)
+    wrong += [one for one in (number_problem(weight),) if one]
     scene = row.get(names.get("scene", ""))
     if isinstance(scene, str):
         try:
@@ -174,9 +208,9 @@ def known(
     if scene is not None and not isinstance(scene, dict):
         wrong.append(f"expected a record in column {names['scene']}")
     if wrong:
-        return (), None, 0.0
+        return Known((), (), None, 0.0)
     assert scene is None or isinstance(scene, dict)
-    return ((found,) if isinstance(found, str) else tuple(found)), scene, float(weight)
+    return Known(captions, kinds, scene, float(weight))
 
 
 def held(row: dict[str, Any], chosen: Chosen, name: str, fetch: Any, wrong: list[str]) -> Sample | None:
@@ -196,7 +230,9 @@ def held(row: dict[str, Any], chosen: Chosen, name: str, fetch: Any, wrong: list
         wrong.append(f"no picture in column {chosen.names['picture']}")
     if wrong or blobs[0] is None:
         return None
-    return Sample(blobs[0], about[0], blobs[1], blobs[2], about[1], weight=about[2])
+    return Sample(
+        blobs[0], about.captions, blobs[1], blobs[2], about.scene, weight=about.weight, kinds=about.kinds
+    )
 
 
 def _nowhere(column: pa.ChunkedArray) -> Iterator[int]:
@@ -213,12 +249,15 @@ def _nowhere(column: pa.ChunkedArray) -> Iterator[int]:
     return _where(missing)
 
 
-def _unsaid(column: pa.ChunkedArray) -> Iterator[int]:
-    """Rows without a caption: null, or an empty list."""
+def _unsaid(column: pa.ChunkedArray) -> list[int]:
+    """Rows without a caption: null, an empty list, or these for every kind."""
+    if pa.types.is_struct(column.type) and column.type.num_fields:
+        kinds = (pc.struct_field(column, kind.name) for kind in column.type)
+        return sorted(set.intersection(*(set(_unsaid(one)) for one in kinds)))
     missing = pc.is_null(column)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         missing = pc.or_kleene(missing, pc.equal(pc.list_value_length(column), 0))
-    return _where(missing)
+    return list(_where(missing))
 
 
 def _where(mask: pa.ChunkedArray) -> Iterator[int]:

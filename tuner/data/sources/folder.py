@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tuner.data.blob import Blob, File
+from tuner.data.blob import Blob, Listed
 from tuner.data.samples import Say, some
 from tuner.data.sources import sidecars
 from tuner.data.sources.kept import Kept, digest, same, stamps
@@ -34,12 +34,15 @@ class FolderSamples(RowSamples):
 
     def __init__(self, folder: Path, *of: Any) -> None:
         super().__init__(*of)
-        self.folder = folder
+        self.before = "" if folder == Path() else f"{folder}/"
 
     def blob(self, row: Row, which: int) -> Blob | None:
         """A picture's file."""
         name = (row.picture, row.condition, row.mask)[which]
-        return None if name is None else File(self.folder / os.fsdecode(name))
+        if name is None:
+            return None
+        text = os.fsdecode(name)
+        return Listed(text if text.startswith("/") else self.before + text)
 
 
 def open_folder(spec: SourceSpec, say: Say, source: int, index: Path | None = None) -> FolderSamples:
@@ -62,14 +65,15 @@ def open_folder(spec: SourceSpec, say: Say, source: int, index: Path | None = No
     kept = Kept(index, "folder", str(folder.absolute()), spec.columns.resolved(), *ways)
     found = kept.load()
     problems: list[str] = []
+    faults: list[str] = []
     if found is None or not _holds(folder, found[1]):
         start = time.time()
         table, tree, told, captions = _read(spec, folder, problems)
-        times = _times(spec, folder, tree, problems, told)
+        times = _times(spec, folder, tree, faults, told)
         about: dict[str, Any] = {"told": [line for line in (*told, tree.ignored()) if line], "times": times}
         looked = [Path(name) for name in tree.folders] + [folder / name for name in tree.listings]
         found = (table, about)
-        if captions is not None and not problems:
+        if captions is not None and not problems + faults:
             about |= {"stamps": stamps(looked, start), "captions": captions}
             about["digest"] = digest(str(folder), captions, start)
             if about["stamps"] is not None and about["digest"] is not None:
@@ -82,7 +86,7 @@ def open_folder(spec: SourceSpec, say: Say, source: int, index: Path | None = No
         by_name = {os.fsencode(top): number for top, number in about["times"].items()}
         tops = (name.partition(b"/")[0] for name in table.column("picture").to_pylist())
         samples.repeats *= np.array([by_name.get(top, 1) for top in tops], np.int32)
-    samples._problems = problems
+    samples._problems, samples._faults = problems, faults
     return samples
 
 
@@ -101,6 +105,9 @@ def _read(
     """The rows of a folder, what lies in it, what is worth telling, and the files beside the listings that
     decide what the rows are; None where there may be others."""
     tree = scan(folder)
+    problems += [
+        f"{folder / name}: a link that leads nowhere; mend it or take it away" for name in tree.broken
+    ]
     pairs = [
         pair("condition", spec.condition_from, folder, tree),
         pair("mask", spec.mask_from, folder, tree),
@@ -120,8 +127,10 @@ def _read(
         told = [sidecars.orphans(tree)] if beside else []
         told += [f"not read: {some(tree.listings)}"] if tree.listings else []
     if not tree.pictures and not problems:
+        count = sum(map(len, tree.captions.values()))
+        alone = f"; {count} captions are there without a picture" if count else ""
         raise UserError(
-            f"{folder}: no pictures found (looked for {', '.join(sorted(PICTURES))}){_hint(tree)}"
+            f"{folder}: no pictures found (looked for {', '.join(sorted(PICTURES))}){alone}{_hint(tree)}"
         )
     told += [one.left() for one in pairs if one is not None]
     return table, tree, told, captions if pairs == [None, None] else None
@@ -129,6 +138,10 @@ def _read(
 
 def prepare(folder: Path, say: Say) -> None:
     """Run the prepare.py beside a missing folder, or say that there is none."""
+    if folder.is_file():
+        raise UserError(
+            f"{folder}: is a file; expected a folder, an archive or a table (*.tar, *.parquet, *.arrow)"
+        )
     script = folder.parent / "prepare.py"
     if not script.is_file():
         near = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
@@ -156,10 +169,8 @@ def _hint(tree: Tree) -> str:
     return f"; {tree.ignored()}" if tree.ignored() else ""
 
 
-def _times(
-    spec: SourceSpec, folder: Path, tree: Tree, problems: list[str], told: list[str]
-) -> dict[str, int]:
-    """How often the pictures in subfolders come by kohya's rule; told, and problems where it cannot be."""
+def _times(spec: SourceSpec, folder: Path, tree: Tree, faults: list[str], told: list[str]) -> dict[str, int]:
+    """How often the pictures in subfolders come by kohya's rule; told, and faults where it cannot be."""
     if spec.folder_repeats is False:
         return {}
     times = {}
@@ -168,9 +179,9 @@ def _times(
             times[top] = int(found[1])
     for top, number in times.items():
         if not number:
-            problems.append(f"{folder / top}: its name means 0 repeats, so it would never come; rename it")
+            faults.append(f"{folder / top}: its name means 0 repeats, so it would never come; rename it")
         elif number > MANY and spec.folder_repeats is None:
-            problems.append(
+            faults.append(
                 f"{folder / top}: its name means {number} repeats of each picture in an epoch; "
                 "set folder_repeats: true if that is wanted, false if it is no number of repeats"
             )

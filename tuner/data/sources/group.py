@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from tuner.data.sources.rows import caption_problem, number_problem
+from tuner.data.sources.rows import number_problem, told_captions
 from tuner.data.sources.tree import CAPTIONS, PICTURES, hidden
 
 
@@ -61,17 +62,19 @@ class Group:
 
     key: str
     parts: dict[str, Part] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
 
 
 class Made(NamedTuple):
     """What a group is as a sample."""
 
     picture: Part
-    captions: list[str]
+    captions: Sequence[str]
     condition: Part | None
     mask: Part | None
     scene: str | None
     weight: float
+    kinds: Sequence[str] = ()
 
 
 def refusal(member: tarfile.TarInfo) -> str | None:
@@ -110,21 +113,21 @@ def make(group: Group, finding: Finding, wrong: list[str]) -> Made | None:
     """A group as a sample; what is wrong is added to `wrong`, and then it is None."""
     parts = group.parts
     pictures = [part for ending, part in parts.items() if f".{ending}" in PICTURES]
-    told: list[str] = []
+    told = [*group.wrong]
     if len(pictures) != 1:
         names = ", ".join(part.name for part in pictures or parts.values())
         told.append(f"expected one picture, found {names}" if pictures else f"no picture, only {names}")
     others = [_other(parts, finding[i], ("condition", "mask")[i], told) for i in range(2)]
     about = _record(parts.get("json"), told)
-    captions = _captions(parts, about, told)
+    captions, kinds = _captions(parts, about, told)
     weight, scene = about.get("weight", 1.0), about.get("scene")
     if problem := number_problem(weight):
         told.append(problem)
     if told:
-        wrong += [f"{group.key}: {one}" for one in told]
+        wrong.append(f"{group.key}: {'; '.join(told)}")
         return None
     record = None if scene is None else json.dumps(scene)
-    return Made(pictures[0], captions, others[0], others[1], record, float(weight))
+    return Made(pictures[0], captions, others[0], others[1], record, float(weight), kinds)
 
 
 def _belongs(ending: str, wanted: str | None) -> bool:
@@ -159,21 +162,22 @@ def _record(part: Part | None, told: list[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _captions(parts: dict[str, Part], about: dict[str, Any], told: list[str]) -> list[str]:
+def _captions(
+    parts: dict[str, Part], about: dict[str, Any], told: list[str]
+) -> tuple[Sequence[str], Sequence[str]]:
+    """The captions, and their kinds where these are known."""
     texts = [parts[ending] for ending in ("txt", "caption") if ending in parts]
     if len(texts) > 1:
         told.append(f"several captions: {texts[0].name} and {texts[1].name}; keep one")
     elif texts:
         try:
-            return [(texts[0].data or b"").decode("utf-8-sig").strip().replace("\r\n", "\n")]
+            return [(texts[0].data or b"").decode("utf-8-sig").strip().replace("\r\n", "\n")], ()
         except UnicodeDecodeError as error:
-            told.append(f"{texts[0].name}: not UTF-8 text: {error}")
+            told.append(f"{texts[0].name}: not UTF-8 text: {error}; save it as UTF-8")
     else:
         found = about.get("text", about.get("caption"))
         if found is None:
             told.append("no caption; expected a .txt, a .caption, or a .json with text in it")
-        elif problem := caption_problem(found):
-            told.append(problem)
         else:
-            return [found] if isinstance(found, str) else list(found)
-    return []
+            return told_captions(found, told)
+    return (), ()

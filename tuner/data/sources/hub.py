@@ -16,11 +16,11 @@ from typing import Any
 import datasets
 import fsspec
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from tuner.data.samples import Sample, Samples, Say
-from tuner.data.sources.cells import SetSamples, held
+from tuner.data.sources.cells import MEND, SetSamples, belongs, held, homes
 from tuner.data.sources.columns import Chosen, choose
 from tuner.data.sources.names import nearest
 from tuner.data.sources.retry import Broken, retried
@@ -28,6 +28,8 @@ from tuner.data.sources.spec import HUB, SourceSpec
 from tuner.data.sources.stream import Fault, Stream
 from tuner.data.sources.urls import AGAIN, expand
 from tuner.errors import UserError
+
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told by ours
 
 CONVERTED = "refs/convert/parquet"
 """The branch in which the Hub keeps Parquet copies of sets that are otherwise."""
@@ -65,7 +67,8 @@ class SetShards:
             columns = retried(lambda: _asked(spec, lambda: list(next(iter(self.loaded), {}))), name, say)
         self.chosen = choose(spec.columns, columns, loaded.features, name)
         _tell(self.chosen, columns, name, say)
-        self.loaded = self.loaded.select_columns(list(self.chosen.names.values()))
+        self.masked = "mask" in self.chosen.names
+        self.loaded = self.loaded.select_columns(list(self.chosen.used))
 
     @property
     def count(self) -> int:
@@ -88,7 +91,24 @@ class SetShards:
             sample = held(row, self.chosen, name, self._fetch, wrong)
             yield Fault(f"{name}: {'; '.join(wrong)}") if sample is None else sample
 
+    def identity(self) -> Iterator[str]:
+        """The commit of a set on the Hub; the names, sizes and times of change of files. Raises Broken."""
+        spec = self.spec
+        if spec.kind == "hub":
+            name = spec.path.removeprefix(HUB)
+            about = _asked(spec, lambda: HfApi().dataset_info(name, revision=spec.revision))
+            yield f"{spec.config} {spec.split} {about.sha}"
+            return
+        for file in _found(spec):
+            about = os.stat(file)
+            yield f"{file} {about.st_size} {about.st_mtime_ns}"
+
     def _fetch(self, path: str) -> bytes:
+        own = f"hf://datasets/{self.spec.path.removeprefix(HUB)}"
+        inside = self.spec.kind == "hub" and path.split("::")[-1].startswith((f"{own}@", f"{own}/"))
+        if not inside and not ("://" not in path and belongs(path, homes(self.spec))):
+            raise UserError(f"{self._name}: names {path}, which leaves the set; {MEND}")
+
         def read() -> Any:
             with fsspec.open(path, "rb") as file:
                 return file.read()
@@ -132,18 +152,23 @@ def _saved(spec: SourceSpec) -> Any:
 
 
 def _files(spec: SourceSpec) -> Any:
-    files = [file for pattern in expand(spec.path) for file in sorted(glob.glob(pattern))]
-    if not files:
-        raise UserError(f"{spec.path}: no such file")
+    files = _found(spec)
     if spec.path.endswith(".arrow") and not spec.streaming:
         return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in files])
     kind = Path(files[0]).suffix.removeprefix(".")
     return datasets.load_dataset(kind, data_files=files, split="train", streaming=spec.streaming)
 
 
+def _found(spec: SourceSpec) -> list[str]:
+    files = [file for pattern in expand(spec.path) for file in sorted(glob.glob(pattern))]
+    if not files:
+        raise UserError(f"{spec.path}: no such file")
+    return files
+
+
 def _tell(chosen: Chosen, columns: list[str], name: str, say: Say) -> None:
-    used = ", ".join(f"{column} ({key})" for key, column in chosen.names.items())
-    unused = [column for column in columns if column not in chosen.names.values()]
+    used = ", ".join(f"{column} ({key})" for column, key in chosen.used.items())
+    unused = [column for column in columns if column not in chosen.used]
     say(f"{name}: columns {used}" + (f"; not used: {', '.join(unused)}" if unused else ""))
 
 
@@ -184,7 +209,7 @@ def _explained(spec: SourceSpec, error: Exception) -> str:
             "it is loaded by a script, which is never run; most such sets have a copy in Parquet: "
             f"set revision: {CONVERTED}"
         )
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE and spec.kind == "hub":
         return "HF_HUB_OFFLINE is set, and it was not downloaded before"
     text = _first_line(error)
     found = re.search(r"\[(.*)\]", " ".join(str(error).split()))

@@ -13,15 +13,15 @@ from typing import Any
 from tuner.data.samples import some
 from tuner.data.sources.names import missing_column
 from tuner.data.sources.pairs import Pairs
-from tuner.data.sources.rows import Builder, Row, caption_problem, number_problem
+from tuner.data.sources.rows import Builder, Row, caption_cell, number_problem, told_captions
 from tuner.data.sources.sidecars import paired
 from tuner.data.sources.spec import Columns
 from tuner.data.sources.tree import Tree
 from tuner.errors import UserError
 
+CAPTION = "text"
 DEFAULTS = {
     "picture": "file_name",
-    "caption": "text",
     "condition": "conditioning_image",
     "mask": "mask",
     "weight": "weight",
@@ -50,6 +50,7 @@ class Reader:
 
     def __post_init__(self) -> None:
         given = self.columns
+        self.captions = given.captions(CAPTION)
         self.names = {key: getattr(given, key) or usual for key, usual in DEFAULTS.items()}
         self._pictures = set(self.tree.pictures)
 
@@ -65,20 +66,21 @@ class Reader:
         self.problems += [
             f"{self.folder / name}: not listed in {place}; list it or move it away" for name in left
         ]
-        unused = sorted(self.fields - set(self.names.values()))
+        unused = sorted(self.fields - set(self.names.values()) - set(self.captions.values()))
         return [f"fields of the listing that are not used: {some(unused, 8)}"] if unused else []
 
     def _columns_there(self) -> None:
         """Names that the recipe gives must be somewhere."""
         for key in self.columns.model_fields_set:
-            if self.fields and getattr(self.columns, key) and self.names[key] not in self.fields:
-                where = f"{self.folder / self.tree.listings[0]}"
-                raise UserError(f"{where}: {missing_column(key, self.names[key], sorted(self.fields))}")
+            names = self.captions.values() if key == "caption" else [self.names[key]]
+            for name in names if self.fields and getattr(self.columns, key) else ():
+                if name not in self.fields:
+                    where = f"{self.folder / self.tree.listings[0]}"
+                    raise UserError(f"{where}: {missing_column(key, name, sorted(self.fields))}")
 
     def _file(self, listing: str) -> None:
         path, before = self.folder / listing, listing.rpartition("/")[0]
-        lines = _csv(path, self.problems) if listing.endswith(".csv") else _jsonl(path, self.problems)
-        for where, line in lines:
+        for where, line in lines(path, self.problems):
             if not isinstance(line, dict) or not isinstance(line.get(self.names["picture"]), str):
                 self.fields.update(line if isinstance(line, dict) else ())
                 self.problems.append(f"{where}: expected an object with a {self.names['picture']}")
@@ -86,8 +88,9 @@ class Reader:
             self.fields.update(line)
             wrong: list[str] = []
             row = self._row(line, f"{before}/" if before else "", wrong)
-            self.problems += [f"{where}: {one}" for one in wrong]
-            if not wrong:
+            if wrong:
+                self.problems.append(f"{where}: {'; '.join(wrong)}")
+            else:
                 self.rows.add(row)
 
     def _row(self, line: dict[str, Any], before: str, wrong: list[str]) -> Row:
@@ -96,9 +99,7 @@ class Reader:
         if wrong:
             return Row(b"", [])
         told: list[str] = []
-        captions = line.get(self.names["caption"])
-        if problem := caption_problem(captions):
-            told.append(problem)
+        captions, kinds = told_captions(caption_cell(line, self.captions), told)
         given = [line.get(self.names[key]) for key in ("condition", "mask")]
         others = paired(self.pairs, picture, told)
         for i, (key, value) in enumerate(zip(("condition", "mask"), given, strict=True)):
@@ -112,9 +113,8 @@ class Reader:
         wrong += [f"{shown}: {one}" for one in told]
         if wrong:
             return Row(b"", [])
-        texts = [captions] if isinstance(captions, str) else list(captions or ())
         record = None if scene is None else json.dumps(scene)
-        return Row(os.fsencode(picture), texts, others[0], others[1], record, float(weight))
+        return Row(os.fsencode(picture), captions, others[0], others[1], record, float(weight), (), kinds)
 
     def _place(self, name: str, before: str, what: str, wrong: list[str]) -> str:
         """The name of a listed picture relative to the source's folder; it counts as listed."""
@@ -131,6 +131,15 @@ class Reader:
                 return ""
         self.listed.add(path)
         return path
+
+
+def lines(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
+    """Each line of a listing, .jsonl or .csv: where it is, and what it says; other lines become problems.
+
+    Raises:
+        UserError: the file is no UTF-8 text, or no CSV.
+    """
+    return _csv(path, problems) if path.suffix == ".csv" else _jsonl(path, problems)
 
 
 def _jsonl(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
@@ -163,7 +172,7 @@ def _csv(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
                     continue
                 yield where, line
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text: {error}") from error
+            raise UserError(f"{path}: not UTF-8 text: {error}; save it as UTF-8") from error
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: not CSV: {error}") from error
 
@@ -172,4 +181,4 @@ def _decoded(path: Path, number: int, raw: bytes) -> str:
     try:
         return raw.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: line {number}: {error}") from error
+        raise UserError(f"{path}: not UTF-8 text: line {number}: {error}; save it as UTF-8") from error

@@ -29,9 +29,9 @@ def look(spec: SourceSpec, say: Say, source: int = 0, index: Path | None = None)
 
         return open_folder(spec, say, source, index)
     if kind == "tars":
-        from tuner.data.sources.tar import open_tars
+        from tuner.data.sources.tar import open_tar_stream, open_tars
 
-        return open_tars(spec, say, source, index)
+        return open_tar_stream(spec, say, source) if spec.streaming else open_tars(spec, say, source, index)
     if kind == "urls":
         from tuner.data.sources.urls import open_urls
 
@@ -51,9 +51,12 @@ def open_spec(spec: SourceSpec, say: Say = print, index: Path | None = None) -> 
 
 
 def open_specs(
-    specs: Sequence[SourceSpec], say: Say = print, index: Path | None = None
+    specs: Sequence[SourceSpec], say: Say = print, index: Path | None = None, strict: bool = True
 ) -> list[Samples | Stream]:
-    """All sources of a recipe, in which every sample is right. Arguments as of `look`.
+    """All sources of a recipe. Arguments as of `look`.
+
+    Args:
+        strict: every sample is right; else what is wrong with single samples is in the sources' problems().
 
     Raises:
         UserError: with every problem of all sources: the first 20, and the number of the rest.
@@ -65,5 +68,6 @@ def open_specs(
             opened.append(look(spec, say, number, index))
         except UserError as error:
             faults.append(str(error))
-    check(chain(faults, *(one.problems() for one in opened)))
+    whole = [one.faults() for one in opened if isinstance(one, Samples)]
+    check(chain(faults, *whole, *((one.problems() for one in opened) if strict else ())))
     return opened

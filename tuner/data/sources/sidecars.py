@@ -30,7 +30,7 @@ def read(folder: Path, tree: Tree, pairs: list[Pairs | None], beside: bool, prob
         except UnicodeEncodeError:
             wrong.append("its name is no valid text, and so no caption")
         if wrong:
-            problems += [f"{folder / name}: {one}" for one in wrong]
+            problems.append(f"{folder / name}: {'; '.join(wrong)}")
         else:
             rows.add(Row(os.fsencode(name), [caption], others[0], others[1]))
     return rows
@@ -71,7 +71,7 @@ def _text(file: str, wrong: list[str]) -> str:
         with open(file, "rb", buffering=0) as opened:
             return opened.read().removeprefix(BOM_UTF8).decode().strip().replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        wrong.append(f"its caption {file}: not UTF-8 text: {error}")
+        wrong.append(f"its caption {file}: not UTF-8 text: {error}; save it as UTF-8")
     except OSError as error:
         wrong.append(f"its caption {file}: cannot be read: {error.strerror}")
     return ""

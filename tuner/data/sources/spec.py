@@ -25,8 +25,8 @@ ONLY = {
     "revision": ("hub",),
     "config": ("hub",),
     "split": ("hub", "saved"),
-    "streaming": ("hub", "table"),
-    "buffer": ("hub", "table", "urls"),
+    "streaming": ("hub", "table", "tars"),
+    "buffer": ("hub", "table", "tars", "urls"),
 }
 """The kinds of source that a key has an effect for; keys that are not here have one for all."""
 
@@ -44,13 +44,21 @@ class Columns(Block):
     """The names of a table's columns, or of the fields in a folder's listing."""
 
     picture: Text | None = Field(None, description="the pictures; null: image, in a listing file_name")
-    caption: Text | None = Field(None, description="the captions, each one or a list; null: text")
+    caption: Text | Annotated[dict[Text, Text], Field(min_length=1)] | None = Field(
+        None,
+        description="the captions, each one, a list, or lists by kind; columns by kind: "
+        "{long: caption, short: title}; null: text",
+    )
     condition: Text | None = Field(
         None, description="condition pictures; null: conditioning_image, if it is there"
     )
     mask: Text | None = Field(None, description="mask pictures; null: mask, if it is there")
     weight: Text | None = Field(None, description="weights in the loss; null: weight, if it is there")
     scene: Text | None = Field(None, description="records of the shapes world; null: scene, if it is there")
+
+    def captions(self, usual: str) -> dict[str, str]:
+        """The caption columns by kind; the one column of captions without a kind by the empty word."""
+        return self.caption if isinstance(self.caption, dict) else {"": self.caption or usual}
 
 
 class SourceSpec(Block):
@@ -83,7 +91,9 @@ class SourceSpec(Block):
     revision: Text | None = Field(None, description="branch, tag or commit of a set on the Hub")
     config: Text | None = Field(None, description="configuration of a set on the Hub; null: its only one")
     split: Text | None = Field(None, description="part of a set; null: train")
-    streaming: bool = Field(False, description="read in passing instead of downloading first")
+    streaming: bool = Field(
+        False, description="read in passing instead of downloaded or indexed first; tars at addresses always"
+    )
     buffer: Positive = Field(1000, description="samples that a stream is shuffled among")
 
     @property
@@ -100,11 +110,18 @@ class SourceSpec(Block):
             return "table"
         return "saved" if saved(Path(path)) else "folder"
 
+    @property
+    def streamed(self) -> bool:
+        """Whether it is read in passing."""
+        return self.kind == "urls" or (self.streaming and self.kind in ONLY["streaming"])
+
     def unused(self) -> dict[str, str]:
         """Keys that this kind of source has no use for."""
         kind = self.kind
         gone = {key: f"path is {WORDS[kind]}" for key, kinds in ONLY.items() if kind not in kinds}
-        if kind in ("hub", "table") and not self.streaming:
+        if self.streamed:
+            gone["repeats"] = "the set is streamed, and comes again whenever it is at its end"
+        elif kind in ONLY["streaming"]:
             gone["buffer"] = "the set is not streamed, so it is shuffled as a whole"
         if kind == "folder" and self.captions_from in ("beside", "name"):
             gone["columns"] = f"captions_from is {self.captions_from}, so no listing is read"

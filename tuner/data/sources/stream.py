@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 from tuner import counted
-from tuner.data.samples import Sample, Say
-from tuner.data.sources.retry import Broken, Patience
+from tuner.data.samples import Sample, Samples, Say, kinds
+from tuner.data.sources.retry import Broken, Patience, retried
 from tuner.data.sources.spec import SourceSpec
 from tuner.errors import UserError
 
@@ -18,10 +20,42 @@ class Fault(NamedTuple):
     problem: str
 
 
+class LeftOut:
+    """Samples that cannot be used: told and left out up to a number, then an error.
+
+    A sample that comes again, in the next epoch, is not counted again.
+    """
+
+    def __init__(self, allowed: int, say: Say) -> None:
+        self.allowed, self.say = allowed, say
+        self._problems: set[str] = set()
+
+    def __call__(self, problem: str) -> None:
+        """Leave one out.
+
+        Raises:
+            UserError: more than are allowed.
+        """
+        if problem in self._problems:
+            return
+        self._problems.add(problem)
+        if (count := len(self._problems)) > self.allowed:
+            many = f"{count} sample{'s' if count > 1 else ''} cannot be used"
+            may = f"{self.allowed} may be left out" if self.allowed else "N leaves out as many"
+            raise UserError(f"{problem}\n{many}; data.unreadable: {may}")
+        self.say(f"left out: {problem}")
+
+
 class Shards(Protocol):
-    """The parts of a set that are read in one go."""
+    """The parts of a set that are read in one go.
+
+    Attributes:
+        place: the set as the recipe names it.
+        masked: whether its samples have masks.
+    """
 
     place: str
+    masked: bool
 
     @property
     def count(self) -> int:
@@ -32,6 +66,9 @@ class Shards(Protocol):
 
     def read(self, shard: int, skip: int) -> Iterator[Sample | Fault]:
         """The samples of one in their order, without the first `skip`; raises Broken."""
+
+    def identity(self) -> Iterator[str]:
+        """What names the bytes of all of them: names and sizes, tags, a commit; raises Broken."""
 
 
 class Passed(NamedTuple):
@@ -54,17 +91,35 @@ class Stream:
     every n-th sample), and `buffer` samples wait, of which one is drawn whenever another comes in.
 
     Attributes:
-        allowed: how many samples that cannot be used are left out and told, before it is an error.
+        left_out: takes the samples that cannot be used; by default each is an error.
     """
 
-    def __init__(self, shards: Shards, spec: SourceSpec, say: Say, source: int, allowed: int = 0) -> None:
+    def __init__(self, shards: Shards, spec: SourceSpec, say: Say, source: int) -> None:
         self.shards, self.place, self.say, self.source = shards, spec.path, say, source
-        self.repeats, self.weight, self.buffer = spec.repeats, spec.weight, spec.buffer
-        self.allowed, self._left_out = allowed, 0
+        self.weight, self.buffer = spec.weight, spec.buffer
+        self.left_out = LeftOut(0, say)
 
     def problems(self) -> Iterator[str]:
         """Nothing is known before it passes; what cannot be used is an error then."""
         return iter(())
+
+    def digest(self) -> str:
+        """A hash over what names the bytes; nothing of them is read.
+
+        Raises:
+            UserError: they are not there, or a connection stays broken.
+        """
+        found = retried(lambda: list(self.shards.identity()), self.place, self.say)
+        return hashlib.sha256(repr((self.place, found)).encode()).hexdigest()
+
+    def first(self, count: int) -> list[Sample]:
+        """The first samples in the order in which they lie.
+
+        Raises:
+            UserError: a sample cannot be used, or a connection stays broken.
+        """
+        every = (sample for shard in range(self.shards.count) for sample in self._read(shard))
+        return list(islice(every, count))
 
     def forever(self, seed: int, epoch: int = 0, rank: int = 0, processes: int = 1) -> Iterator[Passed]:
         """One process's samples from an epoch on, without end: processes need not have equally many.
@@ -81,29 +136,25 @@ class Stream:
             epoch += 1
 
     def epoch(self, seed: int, epoch: int, rank: int = 0, processes: int = 1) -> Iterator[Sample]:
-        """One process's samples of one epoch, each as often as the source is repeated.
+        """One process's samples of one epoch.
 
         Raises:
             UserError: a sample cannot be used, or a connection stays broken.
         """
         assert 0 <= rank < processes
-        for turn in range(epoch * self.repeats, (epoch + 1) * self.repeats):
-            yield from self._shuffled(seed, turn, rank, processes)
-
-    def _shuffled(self, seed: int, turn: int, rank: int, processes: int) -> Iterator[Sample]:
         waiting: list[Sample] = []
-        for number, sample in enumerate(self._dealt(seed, turn, rank, processes)):
+        for number, sample in enumerate(self._dealt(seed, epoch, rank, processes)):
             if len(waiting) < self.buffer:
                 waiting.append(sample)
                 continue
-            drawn = counted.choice(self.buffer, seed, turn, number * processes + rank, "stream buffer")
+            drawn = counted.choice(self.buffer, seed, epoch, number * processes + rank, "stream buffer")
             yield waiting[drawn]
             waiting[drawn] = sample
-        for index in counted.permutation(len(waiting), seed, turn, f"stream rest {rank} of {processes}"):
+        for index in counted.permutation(len(waiting), seed, epoch, f"stream rest {rank} of {processes}"):
             yield waiting[index]
 
-    def _dealt(self, seed: int, turn: int, rank: int, processes: int) -> Iterator[Sample]:
-        order = [int(shard) for shard in counted.permutation(self.shards.count, seed, turn, "stream shards")]
+    def _dealt(self, seed: int, epoch: int, rank: int, processes: int) -> Iterator[Sample]:
+        order = [int(shard) for shard in counted.permutation(self.shards.count, seed, epoch, "stream shards")]
         if len(order) >= processes:
             for shard in order[rank::processes]:
                 yield from self._read(shard)
@@ -120,16 +171,23 @@ class Stream:
                     done += 1
                     patience.reset()
                     if isinstance(found, Fault):
-                        self._leave_out(found)
+                        self.left_out(found.problem)
                     else:
-                        yield found._replace(weight=found.weight * self.weight, source=self.source)
+                        whole = found.weight * self.weight
+                        yield found._replace(weight=whole, source=self.source, kinds=kinds(found))
                 return
             except Broken as error:
                 patience.after(error)
 
-    def _leave_out(self, fault: Fault) -> None:
-        self._left_out += 1
-        if self._left_out > self.allowed:
-            more = f" ({self._left_out} samples of this kind, {self.allowed} allowed)" if self.allowed else ""
-            raise UserError(fault.problem + more)
-        self.say(f"left out: {fault.problem}")
+
+class First(Samples):
+    """The first samples of a stream in the order in which they lie, held in memory."""
+
+    def __init__(self, stream: Stream, count: int) -> None:
+        """Raises UserError: a sample cannot be used, or a connection stays broken."""
+        self._held = stream.first(count)
+        super().__init__(stream.place, len(self._held), 1, 1.0, stream.source)
+
+    def one(self, index: int) -> Sample:
+        """A sample; the stream's weight is multiplied in."""
+        return self._held[index]

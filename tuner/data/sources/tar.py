@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import glob
+import itertools
+import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from tuner.data.blob import Blob, Member, file_stamp
-from tuner.data.samples import Say, some
+from tuner.data.samples import Sample, Say, some
 from tuner.data.sources.group import (
     DamagedError,
     Finding,
@@ -30,7 +32,8 @@ from tuner.data.sources.group import (
 from tuner.data.sources.kept import Kept
 from tuner.data.sources.rows import Builder, Row, RowSamples
 from tuner.data.sources.spec import SourceSpec
-from tuner.data.sources.urls import expand
+from tuner.data.sources.stream import Fault, Stream
+from tuner.data.sources.urls import expand, groups, sample
 from tuner.errors import UserError
 
 LARGEST_TEXT = 2**20
@@ -51,6 +54,12 @@ class TarSamples(RowSamples):
         row = super().row(index)
         return row._replace(ranges=[*row.ranges, int(np.searchsorted(self._ends, index, side="right"))])
 
+    def rows(self, which: Sequence[int]) -> list[Row]:
+        """Rows; their last ranges are followed by the archives' numbers."""
+        numbers = np.searchsorted(self._ends, which, side="right").tolist()
+        every = zip(super().rows(which), numbers, strict=True)
+        return [row._replace(ranges=[*row.ranges, number]) for row, number in every]
+
     def blob(self, row: Row, which: int) -> Blob | None:
         """A member."""
         name = (row.picture, row.condition, row.mask)[which]
@@ -69,14 +78,10 @@ def open_tars(spec: SourceSpec, say: Say, source: int, index: Path | None) -> Ta
     Raises:
         UserError: there is no such archive. What is wrong inside is in the samples' problems().
     """
-    patterns = expand(spec.path)
-    found = [n for p in patterns for n in (sorted(glob.glob(p)) if glob.has_magic(p) else [p])]
-    paths = [Path(name) for name in found]
-    if not paths or not all(path.is_file() for path in paths):
-        raise UserError(f"{spec.path}: no such archive")
+    paths = _paths(spec)
     finding = Finding(spec.condition_from, spec.mask_from)
     archives: list[tuple[Path, str]] = []
-    tables, problems, unused = [], [], set()
+    tables, problems, faults, unused = [], [], [], set()
     for path in paths:
         stamp = file_stamp(path)
         assert stamp is not None
@@ -84,61 +89,133 @@ def open_tars(spec: SourceSpec, say: Say, source: int, index: Path | None) -> Ta
         archives.append((path, stamp))
         tables.append(table)
         problems += [f"{path}: {one}" for one in about["problems"]]
+        faults += [f"{path}: {one}" for one in about["faults"]]
         unused |= set(about["unused"])
     samples = TarSamples(archives, tables, spec.path, spec.repeats, spec.weight, source)
-    if not len(samples) and not problems:
+    if not len(samples) and not problems + faults:
         raise UserError(f"{spec.path}: no samples found in {some([path.name for path in paths])}")
     if unused:
         say(f"{spec.path}: members that are not used: {some(sorted(unused), 8)}")
-    samples._problems = problems
+    samples._problems, samples._faults = problems, faults
     return samples
+
+
+def open_tar_stream(spec: SourceSpec, say: Say, source: int) -> Stream:
+    """The samples of local tars, read in passing: no index is made.
+
+    Raises:
+        UserError: there is no such archive. What is wrong inside is told when it passes.
+    """
+    finding = Finding(spec.condition_from, spec.mask_from)
+    return Stream(TarFiles(spec.path, _paths(spec), finding), spec, say, source)
+
+
+class TarFiles:
+    """Local tars, of whose pictures the places are read, and the bytes when they are wanted."""
+
+    def __init__(self, place: str, paths: Sequence[Path], finding: Finding) -> None:
+        self.place, self.paths, self.finding = place, paths, finding
+        self.masked = finding.mask is not None
+
+    @property
+    def count(self) -> int:
+        """How many tars there are."""
+        return len(self.paths)
+
+    def name(self, shard: int) -> str:
+        """Its path."""
+        return str(self.paths[shard])
+
+    def read(self, shard: int, skip: int) -> Iterator[Sample | Fault]:
+        """The samples of a tar in their order.
+
+        Raises:
+            UserError: the archive is gone or damaged.
+        """
+        path = self.paths[shard]
+        stamp = file_stamp(path)
+
+        def hold(made: Made, _: str) -> Sample:
+            blobs = [
+                None if part is None else Member(path, part.offset, part.size, part.name, stamp or "")
+                for part in (made.picture, made.condition, made.mask)
+            ]
+            assert blobs[0] is not None
+            scene = None if made.scene is None else json.loads(made.scene)
+            captions, kinds = tuple(made.captions), tuple(made.kinds)
+            return Sample(blobs[0], captions, blobs[1], blobs[2], scene, weight=made.weight, kinds=kinds)
+
+        try:
+            with tarfile.open(path, "r:", tarinfo=StrictInfo, errorlevel=2) as tar:
+                found = groups(tar, str(path), self.finding, whole=False)
+                for group in itertools.islice(found, skip, None):
+                    yield sample(str(path), group, self.finding, hold)
+                if tar.offset > path.stat().st_size:
+                    raise UserError(f"{path}: damaged: it ends in the middle of its last member")
+        except (DamagedError, tarfile.TarError, OSError) as error:
+            raise UserError(f"{path}: {error}{_compressed(path) if path.is_file() else ''}") from error
+
+    def identity(self) -> Iterator[str]:
+        """Each file's path as the recipe leads to it, size in bytes and time of change in nanoseconds."""
+        for path in self.paths:
+            about = path.stat()
+            yield f"{path} {about.st_size} {about.st_mtime_ns}"
+
+
+def _paths(spec: SourceSpec) -> list[Path]:
+    patterns = expand(spec.path)
+    found = [n for p in patterns for n in (sorted(glob.glob(p)) if glob.has_magic(p) else [p])]
+    paths = [Path(name) for name in found]
+    if not paths or not all(path.is_file() for path in paths):
+        raise UserError(f"{spec.path}: no such archive")
+    return paths
 
 
 def _indexed(
     path: Path, stamp: str, finding: Finding, index: Path | None, say: Say
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """An archive's rows, and in the second its `problems` and the endings that are `unused`."""
+    """An archive's rows, and in the second its `problems` and `faults`, and the endings that are `unused`."""
     kept = Kept(index, "tar", stamp, *finding)
     if (found := kept.load()) is not None:
         return found
     say(f"{path}: looking for its samples")
     table, about = _read(path, finding)
-    return (table, about) if about["problems"] else kept.save(table, about)
+    return (table, about) if about["problems"] + about["faults"] else kept.save(table, about)
 
 
 def _read(path: Path, finding: Finding) -> tuple[pa.Table, dict[str, Any]]:
     groups: dict[str, Group] = {}
     problems: list[str] = []
+    faults: list[str] = []
     unused: set[str] = set()
     try:
         with tarfile.open(path, "r:", tarinfo=StrictInfo, errorlevel=2) as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep an object for each
-                _take(tar, member, groups, problems, unused, finding)
+                if problem := refusal(member):
+                    faults.append(f"{member.name}: {problem}")
+                else:
+                    _take(tar, member, groups, unused, finding)
             end = tar.offset
         if end > path.stat().st_size:
-            problems.append("damaged: it ends in the middle of its last member")
+            faults.append("damaged: it ends in the middle of its last member")
     except (DamagedError, tarfile.TarError, OSError) as error:
-        problems.append(f"{error}{_compressed(path)}")
+        faults.append(f"{error}{_compressed(path) or '; the archive is damaged: copy it whole'}")
     rows = Builder()
     for group in groups.values():
         made = make(group, finding, problems)
         if made is not None:
             rows.add(_row(made))
-    return rows.table(), {"problems": problems, "unused": sorted(unused)}
+    return rows.table(), {"problems": problems, "faults": faults, "unused": sorted(unused)}
 
 
 def _take(
     tar: tarfile.TarFile,
     member: tarfile.TarInfo,
     groups: dict[str, Group],
-    problems: list[str],
     unused: set[str],
     finding: Finding,
 ) -> None:
-    if problem := refusal(member):
-        problems.append(f"{member.name}: {problem}")
-        return
     parts = split(member.name) if member.isreg() else None
     if parts is None:
         return
@@ -149,14 +226,16 @@ def _take(
     data = None
     if is_text(ending):
         if member.size > LARGEST_TEXT:
-            problems.append(f"{member.name}: {member.size} bytes are no caption")
+            groups.setdefault(key, Group(key)).wrong.append(
+                f"{member.name}: {member.size} bytes are no caption"
+            )
             return
         opened = tar.extractfile(member)
         assert opened is not None
         data = opened.read()
     group = groups.setdefault(key, Group(key))
     if ending in group.parts:
-        problems.append(f"{member.name}: it is there twice")
+        group.wrong.append(f"{member.name}: it is there twice")
     group.parts[ending] = Part(member.name, member.offset_data, member.size, data)
 
 
@@ -165,7 +244,7 @@ def _row(made: Made) -> Row:
     names = [None if part is None else os.fsencode(part.name) for part in parts]
     ranges = [number for part in parts for number in ((0, 0) if part is None else (part.offset, part.size))]
     assert names[0] is not None
-    return Row(names[0], made.captions, names[1], names[2], made.scene, made.weight, ranges)
+    return Row(names[0], made.captions, names[1], names[2], made.scene, made.weight, ranges, made.kinds)
 
 
 def _compressed(path: Path) -> str:

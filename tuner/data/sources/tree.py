@@ -24,6 +24,7 @@ class Tree:
         captions: for a name without its ending, the caption files of that name (.txt, .caption).
         listings: metadata.jsonl and metadata.csv.
         hidden: how many hidden files and folders, and files that systems leave behind, were not looked at.
+        broken: pictures that are links to nothing.
         others: files that are none of these.
         folders: all that were looked into, as paths.
     """
@@ -32,6 +33,7 @@ class Tree:
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     listings: list[str] = field(default_factory=list)
     hidden: int = 0
+    broken: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
 
@@ -82,8 +84,10 @@ def _scan(folder: str, before: str, tree: Tree, links: tuple[tuple[int, int], ..
                 deeper.append((entry.path, f"{before}{name}/", seen))
             elif entry.is_file():
                 _file(before + name, name, tree)
+            elif entry.is_symlink() and os.path.splitext(name)[1].lower() in PICTURES:
+                tree.broken.append(before + name)
             else:
-                tree.others.append(before + name)  # a link that leads nowhere, a socket
+                tree.others.append(before + name)  # another link that leads nowhere, a socket
     for below in deeper:
         _scan(below[0], below[1], tree, below[2])
 

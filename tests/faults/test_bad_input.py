@@ -1,0 +1,166 @@
+"""Users' mistakes, one after the other through the real command line.
+
+Of each: exit code 2, one clear message that names the place and the way out, no traceback, nothing trained,
+and nothing that existed before is changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState
+
+ROOT = Path(__file__).resolve().parents[2]
+LEAST = 100
+
+
+def _table() -> ModuleType:
+    """bad_input/table.py as a package, of which the files beside it are parts."""
+    folder = Path(__file__).with_name("bad_input")
+    spec = importlib.util.spec_from_file_location(
+        "tuner_test_bad_input", folder / "table.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its parts look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+TABLE: Any = _table()
+NAMES = [f"{area}: {case.name}" for area, case in TABLE.CASES]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps one state for a process; each run here is to begin as in a process of its own."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def world(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The folder that a mistake is made in."""
+    root = tmp_path / "w"
+    root.mkdir()
+    monkeypatch.chdir(root)
+    # What a mistake in the settings would reach: the user's own cache and home are others here.
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
+    # The plan of the memory takes two thirds of the time of a case here, and has tests of its own.
+    monkeypatch.setattr("tuner.memory.admit", lambda recipe, accelerator: None)
+    made = TABLE.World(root, folders, monkeypatch)
+    yield made
+    for undo in reversed(made.undo):
+        undo()
+
+
+def seen(root: Path) -> dict[str, tuple[Any, ...]]:
+    """Names, bytes and times of everything below a folder; links and what they lead to."""
+    found: dict[str, tuple[Any, ...]] = {}
+    for folder, folders, files in os.walk(root, followlinks=True):
+        for name in (*folders, *files):
+            place = Path(folder, name)
+            about = place.lstat()
+            small = place.is_file() and about.st_size < 2**20
+            try:
+                digest = hashlib.sha256(place.read_bytes()).hexdigest() if small else ""
+            except OSError:  # a case took the right to read it away
+                digest = "?"
+            found[str(place)] = (about.st_mode, about.st_size, about.st_mtime_ns, digest)
+    return found
+
+
+def trained(root: Path) -> list[str]:
+    """What a training step would have left."""
+    left = [*root.rglob("metrics.jsonl"), *root.rglob("step-*"), *root.rglob("trained.safetensors")]
+    return sorted(str(place) for place in left)
+
+
+def check_told(case: Any, told: str) -> None:
+    lines = [line for line in told.splitlines() if line.strip()]
+    assert 1 <= len(lines) <= case.lines, told
+    assert "Traceback" not in told and "\x1b" not in told, told
+    assert all(len(line) < 600 for line in lines), told
+    lacking = [part for part in case.told if part not in told]
+    assert not lacking, f"lacking {lacking} in:\n{told}"
+    same = [
+        other.name for _, other in TABLE.CASES if other is not case and all(p in told for p in other.told)
+    ]
+    assert not same, f"this message would do for {same} too:\n{told}"
+
+
+def test_the_table_is_long_and_each_case_its_own() -> None:
+    assert len(TABLE.CASES) >= LEAST
+    assert len(set(NAMES)) == len(NAMES)
+    assert {area: len(cases) >= 8 for area, cases in TABLE.AREAS.items()} == dict.fromkeys(TABLE.AREAS, True)
+    assert len({case.told for _, case in TABLE.CASES}) == len(TABLE.CASES)
+
+
+def test_nothing_is_wrong_before_a_mistake_is_made(world: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    """Else every case would be told for a reason of the folder's own."""
+    from tuner.cli import main
+
+    world.save()
+    before = seen(world.root)
+    assert main(["train", *world.words]) == 0, capfd.readouterr().err
+    assert trained(world.root)  # so that the check of every case can see a step
+    after = seen(world.root)
+    assert {name: after[name] for name in before} == before and len(before) >= 20
+
+
+@pytest.mark.parametrize("area, case", TABLE.CASES, ids=NAMES)
+def test_a_mistake_is_told(world: Any, capfd: pytest.CaptureFixture[str], area: str, case: Any) -> None:
+    from tuner.cli import main
+
+    case.make(world)
+    world.save()
+    steps, before = trained(world.root), seen(world.root)
+    code = main(["train", *world.words])
+    after = seen(world.root)
+    for undo in reversed(world.undo):
+        undo()
+    world.undo.clear()
+    told = capfd.readouterr()
+    assert code == 2, told
+    check_told(case, told.err)
+    assert "Traceback" not in told.out
+    assert {name: after.get(name) for name in before} == before
+    assert trained(world.root) == steps
+    assert not (world.root / "ran").exists()  # what the pickles would do
+    assert os.path.lexists(world.root / "out") == (str(world.root / "out") in before)
+
+
+SAMPLE = ("recipe: unknown key", "recipe: a bomb of aliases", "recipe: binary", "recipe: a wrong value",
+          "base: cut off", "environment: output of the user's")  # fmt: skip
+
+
+def test_a_sample_by_the_script(world: Any, tmp_path: Path) -> None:
+    """As `accelerate launch` and people start it: tuner/train.py in a process of its own."""
+    cases = {f"{area}: {case.name}": case for area, case in TABLE.CASES}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    for number, name in enumerate(SAMPLE):
+        root = tmp_path / str(number)
+        root.mkdir()
+        own = TABLE.World(root, world.bases, world.patch)
+        cases[name].make(own)
+        own.save()
+        before = seen(root)
+        script = [sys.executable, str(ROOT / "tuner" / "train.py"), *own.words]
+        done = subprocess.run(
+            script, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 2, done.stderr
+        check_told(cases[name], done.stderr)
+        after = seen(root)
+        assert {place: after.get(place) for place in before} == before and trained(root) == []

@@ -1,0 +1,1 @@
+"""`tuner check`: everything that can be known before the first step of a run."""

@@ -1,0 +1,244 @@
+"""The plan: parts and phases of a run put together."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from tuner import device as machine
+from tuner.adapters.layers import path_of
+from tuner.components import GROUP
+from tuner.memory import model, state, step
+from tuner.memory.live import nbytes
+from tuner.memory.model import Model
+from tuner.memory.needs import Needs, Phase
+from tuner.memory.step import Pass
+from tuner.recipe import Recipe, micro_batch
+
+CONTEXT = 600 * 2**20
+"""Bytes of a CUDA context with torch's kernels and cuBLAS' workspace: an estimate, not measured."""
+SLACK = 0.1
+"""Of what a pass holds on a GPU, for workspaces and the allocator's gaps: an estimate, not measured."""
+
+LOOKED_AT = 64
+"""Held-out samples that tuner.loop validates together, at most."""
+
+
+@dataclass
+class Passes:
+    """What was found by running passes, so that plans that differ in other things share it."""
+
+    models: dict[str, Model] = field(default_factory=dict)
+    found: dict[str, Pass] = field(default_factory=dict)
+
+    def model(self, recipe: Recipe, device: str, dtype: torch.dtype) -> Model:
+        """The networks of a recipe; the recipe's other keys are this one's."""
+        key = _key(recipe, device, dtype)
+        if key not in self.models:
+            self.models.clear()  # one at a time: they are large in number, if not in memory
+            self.models[key] = model.build(recipe, device, dtype)
+        made = self.models[key]
+        return Model(recipe, made.family, made.methods, device, dtype, made.rules, made.loaded)
+
+    def run(self, name: str, made: Model, go: Callable[[], Pass], *more: object) -> Pass:
+        """A pass, once for all plans in which it is the same."""
+        about = made.recipe.data
+        wide = [about.resolution, *(source.resolution for source in about.source)]
+        key = repr((name, _key(made.recipe, made.device, made.dtype), wide, step.cached(made), *more))
+        if key not in self.found:
+            self.found[key] = go()
+        return self.found[key]
+
+
+def _key(recipe: Recipe, device: str, dtype: torch.dtype) -> str:
+    tree = recipe.resolved()
+    base = {key: value for key, value in tree["base"].items() if key != "quantise"}
+    return json.dumps([base, tree["method"], recipe.train.gradient_checkpointing, device, str(dtype)])
+
+
+def plan(recipe: Recipe, processes: int = 1, device: str = "cpu", passes: Passes | None = None) -> Needs:
+    """The memory that each process of a run will need, before anything is loaded.
+
+    Networks and methods are built without memory (torch's meta device), one micro-batch of the largest shape
+    goes forward and backward through them, and what lives is counted at every operation (live.py).
+
+    Args:
+        recipe: the run's.
+        processes: how many share each batch.
+        device: cpu or cuda; no GPU is needed for a GPU's plan.
+        passes: of plans before, to share what is equal.
+
+    Raises:
+        UserError: there is no such base, the methods do not fit it, or the batch cannot be shared.
+    """
+    passes = Passes() if passes is None else passes
+    libraries = baseline() if device == "cpu" else CONTEXT
+    chosen = precision(recipe, device)
+    made = passes.model(recipe, device, machine.DTYPES[chosen])
+    pictures, trained = micro_batch(recipe, processes), made.trained()
+    sizes = (pictures, recipe.train.accumulate > 1)
+    one = passes.run("training", made, lambda: step.training(made, pictures), *sizes)
+    kept, paged = state.state(recipe.train.optimiser, trained)
+    buckets = nbytes(trained) if processes > 1 else 0
+    ema = 4 * sum(p.numel() for p in trained) if recipe.train.ema is not None else 0
+    caches = any(step.cached(made))
+    before = passes.run("encoding", made, lambda: step.encoding(made)) if caches else Pass(0)
+    weights, beside = _weights(made), _beside(made)
+    held = sum(weights.values()) + beside + kept + ema + buckets
+    slack = 1.0 if device == "cpu" else 1.0 + SLACK
+    loaded, update = _stored(made, made.loaded), one.gradients + _scratch(recipe, device, trained)
+    reading = _reading(chosen, loaded)
+
+    def phase(name: str, holds: int, peak: int) -> Phase:
+        return Phase(name, libraries + holds + round(peak * slack))
+
+    phases = [phase("loading", sum(loaded.values()), 0 if device == "cuda" else reading)]
+    phases += [phase("caching", sum(loaded.values()) + beside, before.peak)] * caches
+    phases.append(phase("training", held, max(one.peak, update)))
+    phases += [phase(name, held + more, peak) for name, more, peak in _looks(passes, made)]
+    proof = phase("export", held, _proof(made))
+    phases += [proof] * (device == "cpu" or recipe.base.quantise is not None)
+    return Needs(
+        device,
+        chosen,
+        pictures,
+        weights,
+        beside,
+        one.gradients + buckets,
+        kept,
+        ema,
+        round(max(one.peak - one.gradients, 0) * slack),
+        round(before.peak * slack),
+        libraries,
+        tuple(phases),
+        proof.peak,
+        0 if device == "cpu" else baseline() + sum(loaded.values()) + paged + reading,
+    )
+
+
+def precision(recipe: Recipe, device: str) -> str:
+    """What is computed in on a device; on a GPU that is not here `auto` is bf16."""
+    asked = recipe.train.precision
+    if asked == "auto" and device == "cuda" and not torch.cuda.is_available():
+        return "bf16"
+    if asked == "auto" and device == "cpu":
+        return "bf16" if machine.cpu_has_bf16() else "fp32"
+    return machine.precision(asked)
+
+
+@functools.cache
+def baseline() -> int:
+    """Bytes that this process has with the libraries imported, before there are networks (resident set)."""
+    from diffusers import AutoencoderKL, ControlNetModel, DDPMScheduler, UNet2DConditionModel  # noqa: F401
+    from peft import inject_adapter_in_model  # noqa: F401
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer  # noqa: F401
+
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _reading(chosen: str, loaded: dict[str, int]) -> int:
+    """What converting a file's tensors takes beside them; as they are, they stay where the file is mapped."""
+    return 0 if chosen == "fp32" else min(GROUP, 2 * max(loaded.values()))
+
+
+def _beside(made: Model) -> int:
+    """Bytes of what is trained beside the networks' own parameters: adapters, branches, rows."""
+    networks = made.family.modules().values()
+    own = {id(p) for network in networks for name, p in network.named_parameters() if path_of(name) is None}
+    return nbytes(p for p in made.trained() if id(p) not in own)
+
+
+def _weights(made: Model) -> dict[str, int]:
+    """Bytes of each network in training, without adapters."""
+    held = {}
+    for name, network in made.family.modules().items():
+        own = [t for path, t in network.named_parameters() if path_of(path) is None]
+        held[name] = nbytes([*own, *network.buffers()])
+    return _stored(made, held)
+
+
+def _stored(made: Model, held: dict[str, int]) -> dict[str, int]:
+    """The same with base.quantise: nf4 has half a byte a weight and a scale for 64 of them, itself in a byte
+    and a float32 for 256 (arXiv 2305.14314); int8 a byte, and a float32 for each row (2208.07339)."""
+    scheme = made.recipe.base.quantise
+    if scheme is None:
+        return held
+    stored = dict(held)
+    for name, network in made.family.modules().items():
+        if name != "unet" and not name.startswith("text_encoder"):
+            continue
+        for path, layer in network.named_modules():
+            if not isinstance(layer, nn.Linear) or path_of(f"{path}.weight") is not None:
+                continue
+            count, rows = layer.weight.numel(), layer.weight.shape[0]
+            wide = made.family.options.dtype(name).itemsize
+            small = count / 2 + count / 64 + count / 64 / 256 * 4 if scheme == "nf4" else count + 4 * rows
+            stored[name] -= round(wide * count - small)
+    return stored
+
+
+def _scratch(recipe: Recipe, device: str, trained: list[nn.Parameter]) -> int:
+    """What an update needs besides gradients and state: nothing where one kernel does it all."""
+    if recipe.train.optimiser.name.lower() == "adamw" or "8bit" in recipe.train.optimiser.name.lower():
+        return 0
+    sizes = [parameter.numel() * 4 for parameter in trained]
+    return 2 * max(sizes) if device == "cpu" else sum(sizes)
+
+
+def _looks(passes: Passes, made: Model) -> list[tuple[str, int, int]]:
+    """Validation and pictures: the name, what is held besides, what a pass holds."""
+    recipe, found = made.recipe, []
+
+    def look() -> Pass:
+        return step.looking(made)
+
+    swapped = 4 * sum(p.numel() for p in made.trained()) if recipe.train.ema is not None else 0
+    if recipe.validation.every:
+        count = min(recipe.train.batch_size, LOOKED_AT, recipe.validation.samples)
+        found.append(("validation", swapped, count * passes.run("looking", made, look).peak))
+    counts = [(recipe.preview.count, recipe.preview.guidance)] if recipe.preview.every else []
+    if recipe.evaluate.samples:
+        counts.append((recipe.evaluate.samples, recipe.evaluate.guidance))
+    priors = [method.prior for method in made.methods if method.prior is not None]
+    counts += [(prior.count, prior.guidance) for prior in priors if prior.source is None]
+    if counts and not made.methods[0].WHOLE_STEP:
+        one = passes.run("looking", made, look).peak
+        back = passes.run("decoding", made, lambda: step.decoding(made)).peak
+        drawn = max(step.drawn_together(made, count) * (1 if scale == 1 else 2) for count, scale in counts)
+        decoded = max(step.decoded_together(made, count) for count, _ in counts)
+        found.append(("previews", swapped, max(drawn * one, decoded * back)))
+    return found
+
+
+def _proof(made: Model) -> int:
+    """What tuner.verify holds besides at most: everything in float32, and a copy of what it compares with.
+
+    For adapters and words that is a copy of denoiser and text encoders without them, else a network that is
+    read from the export. On the CPU the tensors that are written lie there too.
+    """
+    networks = made.family.modules()
+    quantised = made.recipe.base.quantise is not None
+    half = [t for t in made.tensors() if t.dtype in (torch.float16, torch.bfloat16)]
+    linear = {id(m.weight) for n in networks.values() for m in n.modules() if isinstance(m, nn.Linear)}
+    widened = 4 * sum(t.numel() for t in half if not (quantised and id(t) in linear))
+    names = ["unet", *made.family.text_encoders] if _adapts(made) else []
+    whole = {name: 4 * sum(t.numel() for t in networks[name].parameters()) for name in networks}
+    if quantised:
+        whole = _weights(made)
+    copied = sum(whole[name] for name in names)
+    if not names:
+        copied = 4 * sum(p.numel() for p in made.trained())
+    wide = machine.DTYPES[made.recipe.export.dtype].itemsize
+    written = wide * sum(p.numel() for p in made.trained()) if made.device == "cpu" else 0
+    return widened + copied + written
+
+
+def _adapts(made: Model) -> bool:
+    return bool({"lora", "textual_inversion"} & made.recipe.method.keys())
