@@ -1,6 +1,6 @@
 """How long a large source takes to open, and what it keeps in memory.
 
-    python benchmarks/sources.py [--count 100000] [--folder /tmp/tuner-sources] [--kinds listing beside tar]
+    python benchmarks/sources.py [--count 100000] [--folder /tmp/tuner-sources] [--kinds beside table]
 
 The pictures (8x8 PNGs) are drawn once and kept in the folder. Each figure is from a process of its own, from
 the end of its imports on: the first and second opening, the memory that the samples keep, the time to make
@@ -19,9 +19,12 @@ import tarfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
 from PIL import Image
+from pyarrow import parquet
 
-KINDS = ("listing", "beside", "tar")
+KINDS = ("listing", "beside", "tar", "table")
+ENDINGS = {"tar": ".tar", "table": ".parquet"}
 
 
 def png(number: int) -> bytes:
@@ -37,7 +40,12 @@ def make(kind: str, place: Path, count: int) -> None:
     if done.exists():
         return
     print(f"drawing {count} pictures: {place}", flush=True)
-    if kind == "tar":
+    if kind == "table":
+        place.parent.mkdir(parents=True, exist_ok=True)
+        cells = [{"bytes": png(number), "path": None} for number in range(count)]
+        texts = [f"caption {number}" for number in range(count)]
+        parquet.write_table(pa.table({"image": cells, "text": texts}), place, row_group_size=1000)
+    elif kind == "tar":
         place.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(place, "w") as tar:
             for number in range(count):
@@ -67,7 +75,7 @@ def resident() -> float:
 
 def measure(place: Path) -> None:
     """Print one line of figures."""
-    from tuner.data.sources import folder, tar  # noqa: F401 -- so that imports are not in the figures
+    from tuner.data.sources import folder, hub, tar  # noqa: F401 -- so that imports are not in the figures
     from tuner.data.sources.opening import open_spec
     from tuner.data.sources.spec import SourceSpec
 
@@ -101,7 +109,7 @@ def main() -> None:
     if arguments.measure is not None:
         return measure(arguments.measure)
     for kind in arguments.kinds:
-        place = arguments.folder / (f"{kind}.tar" if kind == "tar" else kind)
+        place = arguments.folder / f"{kind}{ENDINGS.get(kind, '')}"
         make(kind, place, arguments.count)
         for turn in ("first", "second"):
             print(f"{kind:8} {turn:6} ", end="", flush=True)

@@ -77,7 +77,7 @@ def find(
             f"base.prediction: {options.prediction} has no effect: {path} is no checkpoint in one file; "
             "the configuration of its scheduler says it"
         )
-    _check(options, needs)
+    check_options(options, needs)
     cache = hashes.place.parent
     folder = _folder(path, revision, cache, needs, new, options)
     if options.vae is not None and options.vae.is_file():
@@ -93,7 +93,7 @@ def title_of(path: str) -> str:
     return place.resolve().stem if place.is_file() else place.resolve().name
 
 
-def _check(options: Options, needs: Sequence[str]) -> None:
+def check_options(options: Options, needs: Sequence[str]) -> None:
     """Raises UserError where an option has no effect on this run, or cannot have its effect here."""
     reads = ", ".join(needs)
     if options.vae is not None:

@@ -113,18 +113,18 @@ def adapted(recipe: Recipe, accelerator: Accelerator, hashes: Hashes) -> Task:
     seed = recipe.train.seed
     kinds = {name: importlib.import_module(f"tuner.methods.{name}").METHOD for name in recipe.method}
     needs = sorted({need for kind in kinds.values() for need in kind.NEEDS})
-    _check_quantised(recipe, needs, {name for kind in kinds.values() for name in kind.TRAINS})
-    options = _options(recipe, accelerator, kinds)
+    check_quantised(recipe, needs, {name for kind in kinds.values() for name in kind.TRAINS})
+    options = base_options(recipe, accelerator, kinds)
     asked = recipe.base
     family = base.load(asked.path, asked.revision, asked.new, needs, seed, hashes, options)
     family.to(accelerator.device)
     methods: list[Method] = [kind(recipe.method[name], family, seed) for name, kind in kinds.items()]
     if recipe.train.gradient_checkpointing:
         memory.switch_on(family, methods)
-    _check_size(recipe, family)
-    _check_uses(recipe, methods)
+    check_size(recipe, family)
+    check_uses(recipe, methods)
     verify.check_names(recipe.name, family, methods)
-    return Task(family, methods, _objective(recipe, family)).to(accelerator.device)
+    return Task(family, methods, make_objective(recipe, family)).to(accelerator.device)
 
 
 def origins(task: Task, hashes: Hashes) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def origins(task: Task, hashes: Hashes) -> dict[str, Any]:
     return {"base": task.family.digests, **start}
 
 
-def _objective(recipe: Recipe, family: Family) -> Objective:
+def make_objective(recipe: Recipe, family: Family) -> Objective:
     """The objective; the family's scheduler configuration becomes the one that its pictures are drawn by."""
     try:
         objective = Objective.from_scheduler_config(family.scheduler_config, **recipe.objective.options())
@@ -173,7 +173,7 @@ def _kind(family: Family, task: Task) -> str:
     return ", ".join(words)
 
 
-def _options(recipe: Recipe, accelerator: Accelerator, kinds: Mapping[str, type[Method]]) -> Options:
+def base_options(recipe: Recipe, accelerator: Accelerator, kinds: Mapping[str, type[Method]]) -> Options:
     """How the recipe wants the base."""
     about = recipe.base
     precision = device.DTYPES.get(accelerator.mixed_precision, torch.float32)
@@ -193,7 +193,7 @@ def _options(recipe: Recipe, accelerator: Accelerator, kinds: Mapping[str, type[
     )
 
 
-def _check_quantised(recipe: Recipe, needs: list[str], trained: set[str]) -> None:
+def check_quantised(recipe: Recipe, needs: list[str], trained: set[str]) -> None:
     """Raises UserError where a network that is trained itself would be stored quantised."""
     if recipe.base.quantise is None:
         return
@@ -205,7 +205,7 @@ def _check_quantised(recipe: Recipe, needs: list[str], trained: set[str]) -> Non
         )
 
 
-def _check_size(recipe: Recipe, family: Family) -> None:
+def check_size(recipe: Recipe, family: Family) -> None:
     """Raises UserError where the base does not take pictures of this resolution."""
     networks = family.modules()
     if recipe.data.buckets is not None and "image_encoder" in networks:
@@ -227,7 +227,7 @@ def _check_side(side: int, family: Family, networks: Mapping[str, Any]) -> None:
             )
 
 
-def _check_uses(recipe: Recipe, methods: list[Method]) -> None:
+def check_uses(recipe: Recipe, methods: list[Method]) -> None:
     """Raises UserError where something is asked for that the methods have no use for."""
     names, preview = " + ".join(recipe.method), recipe.preview
     pictures = not any(method.WHOLE_STEP for method in methods)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,9 @@ from tuner.captioning.asked import caption
 from tuner.check.asked import check
 from tuner.errors import UserError, of_system
 from tuner.generate.asked import sample
+
+if TYPE_CHECKING:
+    from tuner.recipe import Recipe
 
 app = typer.Typer(
     help="Fine-tunes Stable Diffusion by recipe: ControlNet, Textual Inversion, LoRA.",
@@ -65,7 +68,28 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
         from tuner import run
 
-    raise typer.Exit(run.train(loaded))
+    try:
+        code = run.train(loaded)
+    except UserError as error:
+        raise UserError(_with_others(loaded, error)) from error
+    raise typer.Exit(code)
+
+
+def _with_others(recipe: Recipe, error: UserError) -> str:
+    """What a run ended with; where it did not begin, with all else that keeps it from beginning."""
+    from tuner.disk import DiskError
+    from tuner.loop import TrainingError
+
+    if isinstance(error, (TrainingError, DiskError)):
+        return str(error)
+
+    from tuner.check.others import others
+
+    error.__traceback__ = error.__context__ = None  # they hold what was loaded
+    try:
+        return "\n".join([str(error), *others(recipe, str(error))])
+    except KeyboardInterrupt:
+        return str(error)
 
 
 @app.command()

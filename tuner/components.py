@@ -56,7 +56,7 @@ def _narrowed(name: str, place: Path, dtype: torch.dtype) -> nn.Module | None:
     process then holds three times what the network needs. None where it is to be asked all the same: the
     file has this type, or not just the network's names and shapes.
     """
-    files = _files(place)
+    files = weight_files(place)
     _kind(name, place)  # says what is missing
     state: dict[str, Tensor] = {}
     try:
@@ -94,7 +94,7 @@ def _groups(path: Path, dtype: torch.dtype) -> list[list[str]]:
     return groups if other else []
 
 
-def _files(place: Path, stem: str = WEIGHTS) -> list[Path]:
+def weight_files(place: Path, stem: str = WEIGHTS) -> list[Path]:
     """The safetensors files of a component, whole or in shards; a whole one only if it is there.
 
     Raises:
@@ -161,7 +161,7 @@ def tensors(place: Path, names: Collection[str]) -> dict[str, Tensor]:
         UserError: there are no safetensors files, or a name is in none of them.
     """
     found: dict[str, Tensor] = {}
-    for path in _files(place):
+    for path in weight_files(place):
         try:
             with safe_open(path, framework="pt") as file:
                 own = [name for name in file.keys() if name in names]  # noqa: SIM118
@@ -254,7 +254,7 @@ def _loaded(name: str, place: Path, how: dict[str, Any]) -> nn.Module:
     """The network by its library; nothing but whole safetensors files are read, and none is drawn anew."""
     kind, stem = _kind(name, place), WEIGHTS if KINDS[name][0] == "diffusers" else "model"
     what = f"base {place.parent}: the component {name}"
-    files = _files(place, stem)
+    files = weight_files(place, stem)
     if not files and (pickles := sorted(file.name for file in place.glob(f"{stem.split('_model')[0]}*.bin"))):
         raise UserError(f"{what} is there as {pickles[0]} only, {_PICKLE}")
     if not files:

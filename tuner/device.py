@@ -56,7 +56,7 @@ def start(asked: str, threads: int | None, same_bits: bool = False) -> Accelerat
         same_bits: `train.deterministic`.
 
     Raises:
-        UserError: fp16 is asked for without a GPU.
+        UserError: fp16 is asked for without a GPU; processes do not find one another.
     """
     quiet()
     deterministic(same_bits)
@@ -64,7 +64,15 @@ def start(asked: str, threads: int | None, same_bits: bool = False) -> Accelerat
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION")
     if chosen == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU, and none is here; take bf16, fp32 or auto")
-    accelerator = Accelerator(mixed_precision="no" if chosen == "fp32" else chosen)
+    # Unless it is told that the CPU is meant, accelerate takes processes on a machine without a GPU for
+    # single runs, which would all write to one output.
+    alone = not torch.accelerator.is_available()
+    accelerator = Accelerator(mixed_precision="no" if chosen == "fp32" else chosen, cpu=alone)
+    if (started := int(os.environ.get("WORLD_SIZE", "1"))) != accelerator.num_processes:
+        raise UserError(
+            f"{started} processes were started, but accelerate sees {accelerator.num_processes}: they would "
+            "train beside one another; see `accelerate env`"
+        )
     if launcher not in (None, "no") and launcher != chosen:
         say(f"the launcher asks for {launcher}; the recipe's precision is used: {chosen}")
     if accelerator.device.type == "cpu":

@@ -39,6 +39,9 @@ from tuner.task import Task
 STEPS = (64, 32, 16, 8)
 """Of buckets where the recipe names none: the first that divides every resolution."""
 
+LEFT_OUT = "left_out.txt"
+"""In the output: the samples that could not be used, a line each."""
+
 
 class Gathered(NamedTuple):
     """All that is trained on, class pictures last, and when.
@@ -80,7 +83,7 @@ def wanted(recipe: Recipe, task: Task, accelerator: Accelerator) -> Wanted:
         text=all(method.CACHES_TEXT for method in methods),
         draws=Draws(**recipe.objective.draws()),
         share=Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
-        buckets=tuple(_buckets(about, source, latent) for source in about.source),
+        buckets=tuple(buckets_of(about, source, latent) for source in about.source),
         reading=pictures.Reading(about.background, about.alpha, about.max_pixels),
         masks=about.masks,
         jitter=about.jitter,
@@ -107,7 +110,7 @@ def _rule(about: Captions, methods: Sequence[Method]) -> CaptionRule:
     )
 
 
-def _buckets(about: blocks.Data, source: blocks.Source, latent: int, stage: int = -1) -> Buckets:
+def buckets_of(about: blocks.Data, source: blocks.Source, latent: int, stage: int = -1) -> Buckets:
     """The buckets of a source in a stage; without the recipe's block the square alone."""
     wide = about.sizes[stage] if source.resolution is None else sides(source.resolution)
     asked = about.buckets
@@ -130,11 +133,11 @@ def gather(recipe: Recipe, task: Task, asked: Wanted, accelerator: Accelerator) 
     samples = Joined([part for part in parts if isinstance(part, Samples)])
     each = samples.repeats.astype(np.float64)
     opened = assemble.look_at(samples, each, asked, memory, samples.problems())
-    asked = _with_masks(recipe, task, opened, asked)
+    asked = with_masks(recipe, task, opened, asked)
     rules = dict(asked.captions_of)
     for number in range(len(recipe.data.source)):
         _check_captions(recipe, task, opened.of_source(number), rules.get(number, asked.captions))
-    stages = [_shares(recipe, one) for one in _in_stages(recipe, task, opened, asked)]
+    stages = [with_shares(recipe, one) for one in in_stages(recipe, task, opened, asked)]
     sizes = batch_sizes(recipe)
     opened, beside = _beside(recipe, task, asked, memory, accelerator, stages[-1])
     passes = recipe.train.accumulate * accelerator.num_processes
@@ -145,7 +148,7 @@ def gather(recipe: Recipe, task: Task, asked: Wanted, accelerator: Accelerator) 
             recipe.train.seed,
             beside,
             one.assigned,
-            _weights(one),
+            loss_weights(one),
             "smaller" if recipe.data.buckets is None else recipe.data.buckets.last,
             passes,
         )
@@ -157,7 +160,7 @@ def gather(recipe: Recipe, task: Task, asked: Wanted, accelerator: Accelerator) 
         say(f"{what} are encoded in each step, not cached: {why}")
     every = opened._replace(assigned=buckets.together([one.assigned for one in stages]))
     feed = encode.feed(every, asked, task.family)
-    whole = plans[0] if len(plans) == 1 else Stages(plans, _lengths(recipe))
+    whole = plans[0] if len(plans) == 1 else Stages(plans, lengths(recipe))
     return Gathered(feed, whole, opened.digest())
 
 
@@ -167,7 +170,7 @@ def batch_sizes(recipe: Recipe) -> list[int]:
     return [recipe.train.batch_size if size is None else size for size in given]
 
 
-def _lengths(recipe: Recipe) -> list[int]:
+def lengths(recipe: Recipe) -> list[int]:
     """Optimiser steps, stage after stage."""
     stages, steps = recipe.data.stages or [], recipe.train.steps
     assert steps is not None, "stages have steps"
@@ -175,14 +178,14 @@ def _lengths(recipe: Recipe) -> list[int]:
     return [*before, steps - sum(before)]
 
 
-def _in_stages(recipe: Recipe, task: Task, opened: Opened, asked: Wanted) -> list[Opened]:
+def in_stages(recipe: Recipe, task: Task, opened: Opened, asked: Wanted) -> list[Opened]:
     """The same samples in the buckets of each stage."""
     about, latent = recipe.data, _latent(task)
     if about.stages is None:
         return [opened]
     every = []
     for stage in range(len(about.stages)):
-        shapes = tuple(_buckets(about, source, latent, stage) for source in about.source)
+        shapes = tuple(buckets_of(about, source, latent, stage) for source in about.source)
         assigned = assemble.assign(opened.samples, opened.known, replace(asked, buckets=shapes))
         every.append(opened._replace(assigned=assigned))
     return every
@@ -211,7 +214,7 @@ def heldout(recipe: Recipe, task: Task, asked: Wanted, accelerator: Accelerator)
     return encode.feed(opened, plain, task.family)
 
 
-def _with_masks(recipe: Recipe, task: Task, opened: Opened, asked: Wanted) -> Wanted:
+def with_masks(recipe: Recipe, task: Task, opened: Opened, asked: Wanted) -> Wanted:
     """Masks weigh the loss where there are any; asking for them where there are none is an error."""
     count = int(opened.known.masks.there.sum())
     about = f"{count} of {len(opened.samples)} samples have a mask"
@@ -248,7 +251,7 @@ def _passing(
     streams: Sequence[Stream],
 ) -> Gathered:
     """What is trained on where it is read in passing."""
-    if problems := _refused(recipe, task, streams):
+    if problems := refused(recipe, task, streams):
         raise UserError("\n".join(problems))
     masked = [stream.place for stream in streams if stream.shards.masked]
     asked = _masked(recipe, task, asked, f"{', '.join(masked)}: each sample has a mask" if masked else None)
@@ -265,7 +268,8 @@ def _passing(
     shares = [source.share or 1.0 for source in recipe.data.source]
     flow = Flow(streams, shares, asked.buckets, gate, recipe.train.batch_size, recipe.train.seed)
     main = accelerator.is_main_process
-    flow.tell(say if main else partial(_say_of, accelerator.process_index), asked.unreadable)
+    tell = say if main else partial(_say_of, accelerator.process_index)
+    flow.tell(tell, asked.unreadable, Path(recipe.output) / LEFT_OUT)
     if asked.cache is not None:
         say("pictures and captions are encoded in each step, not cached: they are read in passing")
     if (recipe.data.workers or 0) > 1:
@@ -279,7 +283,7 @@ def _say_of(rank: int, line: str) -> None:
     print(f"process {rank}: {line}", flush=True)
 
 
-def _refused(recipe: Recipe, task: Task, streams: Sequence[Stream]) -> list[str]:
+def refused(recipe: Recipe, task: Task, streams: Sequence[Stream]) -> list[str]:
     """What a run on samples that are read in passing cannot have, and the ways out."""
     about, place, problems = recipe.data, streams[0].place, []
     passing = f"{place} is read in passing"
@@ -313,7 +317,7 @@ def _refused(recipe: Recipe, task: Task, streams: Sequence[Stream]) -> list[str]
     return problems
 
 
-def _weights(opened: Opened) -> npt.NDArray[np.float64]:
+def loss_weights(opened: Opened) -> npt.NDArray[np.float64]:
     """Of the sources' samples in the loss, float64 [N].
 
     Raises:
@@ -330,7 +334,7 @@ def _weights(opened: Opened) -> npt.NDArray[np.float64]:
     return every
 
 
-def _shares(recipe: Recipe, opened: Opened) -> Opened:
+def with_shares(recipe: Recipe, opened: Opened) -> Opened:
     """Sources with shares come as often as these say."""
     shares = [source.share for source in recipe.data.source]
     given = [share for share in shares if share is not None]

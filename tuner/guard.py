@@ -34,6 +34,8 @@ OVER, TIMES = 15, 2.0
 """So many of the recent losses must exceed all of the window, and their median this many times its median."""
 FIRST, FIRST_TIMES = 10, 10.0
 """Or: the recent median exceeds the largest of the run's first losses this many times."""
+AT_ONCE = 1e4
+"""Or, in the beginning: the median of all losses behind the run's first one exceeds it this many times."""
 WITHIN = 20
 """Optimiser steps after which every trained tensor must have had a gradient, and have moved."""
 ROW_TIMES = 50.0
@@ -100,6 +102,10 @@ class Losses:
         every = list(self.last)
         window, recent = every[:-RECENT], every[-RECENT:]
         middle = median(recent)
+        if FIRST < len(every) <= RECENT + FIRST:
+            later, limit = every[1:][-RECENT:], AT_ONCE * self.first[0]
+            if median(later) > limit > 0:
+                return _since(later, limit)
         if len(window) >= FIRST and middle > (limit := FIRST_TIMES * max(self.first)) > 0:
             return _since(recent, limit)
         if len(window) < ENOUGH:

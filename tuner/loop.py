@@ -96,8 +96,10 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
     Raises:
         TrainingError: the run went wrong (tuner/guard.py), and the recipe lets it end there.
     """
-    made = _make(run, log)
+    made = make(run, log)
     done = 0 if state is None else checkpoint.restore(state, made.parts)
+    if state is None and run.accelerator.is_main_process:
+        mend.clear(run.output)
     if state is None and run.recipe.train.guard.policy == "back":
         _keep(run, made, 0)
     while True:
@@ -114,7 +116,7 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
     return finished
 
 
-def _make(run: Run, log: Log) -> Made:
+def make(run: Run, log: Log) -> Made:
     recipe, accelerator = run.recipe.train, run.accelerator
     made = build_optimiser(run.methods, recipe)
     averaging = optimiser.Averaging(made)
@@ -153,7 +155,7 @@ def _steps(run: Run, made: Made, start: int, stop: Stop) -> bool:
     with Progress("training", run.steps, start) as progress:
         for done in range(start + 1, run.steps + 1):
             try:
-                loss, figures = _step(run, made, coming, done - 1)
+                loss, figures = one_step(run, made, coming, done - 1)
             except EndedError:
                 if accelerator.num_processes == 1 and done - 1 > start:  # others would have to know of it
                     meter.flush(progress.images_per_second)
@@ -261,7 +263,7 @@ def build_optimiser(methods: Sequence[Method], recipe: Train) -> torch.optim.Opt
         raise UserError(f"train.optimiser: {error}") from error
 
 
-def _step(run: Run, made: Made, batches: Iterator[Batch], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+def one_step(run: Run, made: Made, batches: Iterator[Batch], step: int) -> tuple[Tensor, dict[str, Tensor]]:
     """One optimiser step over all its micro-batches; this process's part of the loss, and the figures."""
     accelerator, accumulate = run.accelerator, run.division.accumulate
     for method in run.methods:
@@ -324,8 +326,7 @@ def _look(run: Run, made: Made, done: int) -> None:
         if "preview" in wanted:
             assert previews is not None
             pictures = previews.write(run.output / "previews" / f"step-{done:06d}.png")
-            figures = probe(list(recipe.method), previews.conditions, pictures)
-            if figures:
+            if figures := probe(list(recipe.method), previews.conditions, pictures):
                 log.scalars(done, figures)
         if "export" in wanted:
             run.task.export(run.output / "export" / f"step-{done}", run.card)
@@ -341,9 +342,8 @@ def validate(run: Run, heldout: Feed) -> float:
     feed = replace(heldout, u=lambda slot: (slot.position + 0.5) / count)
     size = max(1, min(run.plan.batch_size, 64))
     total = torch.zeros((), dtype=torch.float64)
-    division = run.division
     for number, start in enumerate(range(0, count, size)):
-        if number % division.processes != division.rank:
+        if number % run.division.processes != run.division.rank:
             continue
         slots = [Slot(i, 0, i, 1.0) for i in range(start, min(start + size, count))]
         batch = feed.batch(slots, float(len(slots))).to(run.accelerator.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,15 @@ from tuner.data.plan import Plan, Stages
 from tuner.export.files import write_whole
 from tuner.guard import Diverged, Fault
 from tuner.task import Task
+
+WRITTEN = re.compile(r"bad-step-\d+\.json")
+
+
+def clear(output: Path) -> None:
+    """Take away the bad batches of an earlier run, which a new one in its folder knows nothing of."""
+    for place in output.glob("bad-step-*.json"):
+        if WRITTEN.fullmatch(place.name):
+            place.unlink()
 
 
 def last_good(output: Path, fault: Fault) -> State | None:

@@ -37,6 +37,11 @@ def prepare(recipe: Recipe) -> int:
         raise UserError(
             "data.cache: found off, so there is nothing to prepare; name a folder, or leave it out"
         )
+    if passing := [source.path for source in recipe.data.source if source.streamed]:
+        raise UserError(
+            f"there is nothing to prepare: {passing[0]} is read in passing, and encoded in each step; "
+            "to have it prepared, download it and give its path, without streaming"
+        )
     with Stop() as stop:
         try:
             with stop.at_once():

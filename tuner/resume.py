@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from tuner import checkpoint, disk, loop
 from tuner.checkpoint import State
 from tuner.errors import UserError
+from tuner.gather import LEFT_OUT
 from tuner.log import FILE as METRICS
 from tuner.progress import say
 from tuner.recipe import MAY_CHANGE, Recipe
@@ -181,6 +182,7 @@ def clear(output: Path, state: State | None) -> None:
         before = "the run before" if state is None else f"after step {state.step}"
         say(f"{output}: {len(gone)} checkpoint(s) of {before} taken away")
     if state is None and (output / METRICS).is_file():
+        (output / LEFT_OUT).unlink(missing_ok=True)
         for name in ("previews", "export", "evaluation", "tensorboard"):
             if (output / name).is_dir():
                 shutil.rmtree(output / name)

@@ -88,7 +88,7 @@ def trained(
     for sample in samples:
         sample.picture.path.with_suffix(".txt").write_text(sample.captions[0])
     data = samples[0].picture.path.parent
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

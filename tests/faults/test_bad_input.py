@@ -59,6 +59,8 @@ def world(folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home" / "cache"))
     # The plan of the memory takes two thirds of the time of a case here, and has tests of its own.
     monkeypatch.setattr("tuner.memory.admit", lambda recipe, accelerator: None)
+    monkeypatch.setattr("tuner.check.checking.needs", lambda *_: None)
+    monkeypatch.setattr("tuner.check.others.LONGEST", 300.0)  # machines are busy
     made = TABLE.World(root, folders, monkeypatch)
     yield made
     for undo in reversed(made.undo):
@@ -79,6 +81,18 @@ def seen(root: Path) -> dict[str, tuple[Any, ...]]:
                 digest = "?"
             found[str(place)] = (about.st_mode, about.st_size, about.st_mtime_ns, digest)
     return found
+
+
+OTHERWISE = {
+    "base: no weights": ("base/unet: expected diffusion_pytorch_model.safetensors", "download it again"),
+    "base: no weights of words": ("base/text_encoder: expected model.safetensors", "download it again"),
+    "base: a name too many": ("base/unet: its files do not fit its config.json", "conv_in.weight is missing"),
+    "base: a pickle alone": ("base/unet: expected", "found diffusion_pytorch_model.bin", "convert it to"),
+    "base: width of the text": ("base/unet: its files do not fit its config.json", "expected [64, 48]"),
+    "base: channels of the UNet": ("base/unet: its files do not fit", "expected [64, 5, 3, 3]"),
+    "environment: base without right": ("base/unet/config.json: Permission denied", "ls -l"),
+}
+"""What a check says in other words than a run, as it reads headers where a run reads files."""
 
 
 def trained(root: Path) -> list[str]:
@@ -139,6 +153,28 @@ def test_a_mistake_is_told(world: Any, capfd: pytest.CaptureFixture[str], area: 
     assert trained(world.root) == steps
     assert not (world.root / "ran").exists()  # what the pickles would do
     assert os.path.lexists(world.root / "out") == (str(world.root / "out") in before)
+
+
+@pytest.mark.parametrize("area, case", TABLE.CASES, ids=NAMES)
+def test_a_check_tells_it_too(world: Any, capfd: pytest.CaptureFixture[str], area: str, case: Any) -> None:
+    """Everything here can be known before the first step, and `tuner check` changes nothing either."""
+    from tuner.cli import main
+
+    case.make(world)
+    world.save()
+    before = seen(world.root)
+    capfd.readouterr()
+    code = main(["check", *world.words])
+    after = seen(world.root)
+    for undo in reversed(world.undo):
+        undo()
+    world.undo.clear()
+    told = capfd.readouterr()
+    assert code == 2 and "Traceback" not in told.out + told.err, told
+    lacking = [part for part in OTHERWISE.get(f"{area}: {case.name}", case.told) if part not in told.out]
+    assert not lacking, f"lacking {lacking} in:\n{told.out}"
+    assert {name: after.get(name) for name in before} == before
+    assert not (world.root / "ran").exists()
 
 
 SAMPLE = ("recipe: unknown key", "recipe: a bomb of aliases", "recipe: binary", "recipe: a wrong value",

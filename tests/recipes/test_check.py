@@ -126,6 +126,21 @@ def test_every_problem_at_once(
     assert output.read_text() == "mine"
 
 
+def test_samples_that_may_be_left_out_are_no_problem(
+    tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As for a run, whether the picture or what belongs to it is wrong."""
+    data = drawn(tmp_path / "data", SIZES)
+    (data / "1.txt").unlink()
+    (data / "4.png").write_bytes(b"")
+    changes: dict[str, Any] = {"data.source": data, "preview.every": 0, "evaluate.samples": 0}
+    for allowed, code in ((2, 0), (1, 2)):
+        assert check(tiny, LORA, tmp_path / "out", "--json", **changes, data__unreadable=allowed) == code
+        found = told(capsys)
+        assert len(found["problems"]) == (0 if allowed == 2 else 3), found["problems"]
+        assert found["data"]["samples"] == 4 and len(found["data"]["left_out"]) == 2
+
+
 def test_the_recipe_s_own_mistakes_come_together(
     tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,6 +147,10 @@ def test_it_says_where_there_is_nothing_to_do(
     assert prepare("embedded/1_autoencoder.yaml") == 2
     told = capfd.readouterr().err
     assert "nothing of this run may be cached (pictures: the method sees the pixels)" in told
+    assert prepare(data__source="{path: 'shards/*.tar', streaming: true}") == 2
+    assert (
+        "nothing to prepare: shards/*.tar is read in passing, and encoded in each" in capfd.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -157,6 +161,7 @@ def free_port() -> int:
     return port
 
 
+@pytest.mark.slow
 def test_two_processes_share_it(tiny: Any, tmp_path: Path) -> None:
     """With as many processes as the batch could not be divided by, which only a run has to."""
     words = tiny.overrides("lora.yaml", tmp_path / "out", train__batch_size=3)

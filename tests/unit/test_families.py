@@ -324,7 +324,7 @@ def test_text_options_have_no_effect_on_methods_that_make_a_base(
     about = written(tmp_path, folders["sd1"], name, f", {key}: 2")
     method = models.method_of(name, models.family_of(folders["sd1"], name))
     with pytest.raises(UserError, match=rf"base\.{key}: method {name} reads no prompt"):
-        build._check_uses(about, [method])
+        build.check_uses(about, [method])
 
 
 @pytest.mark.parametrize("name", ["sd2", "sd1_inpaint"])

@@ -227,8 +227,11 @@ def test_what_cannot_be_decoded_does_not_count_and_is_told(tars: Path) -> None:
     whole = list(batches(feed(), flowing(stream(tars / "s[03].tar")), Division(), 0, 3, 0))
     assert all(bool((batch.weight == 1).all()) for batch in whole) and len(whole) == 3
     flow, said = flowing(stream(tars / "s*.tar")), list[str]()
-    flow.tell(said.append, 2)
+    flow.tell(said.append, 2, listed := tars / "out" / "left_out.txt")
     made = list(batches(feed(), flow, Division(), 0, 30, 0))
+    said = [line for line in said if "enlarged" not in line]
+    lines = listed.read_text().splitlines()
+    assert sorted(lines) == sorted(line.removeprefix("left out: ") for line in said) and len(lines) == 2
     assert len(made) == 30 and len(said) == 2 and all(line.startswith("left out: ") for line in said)
     assert any("s1.tar: 008.png" in line for line in said) and any("s2.tar: 015.png" in line for line in said)
     empty = [batch for batch in made if not bool((batch.weight == 1).all())]
@@ -237,9 +240,14 @@ def test_what_cannot_be_decoded_does_not_count_and_is_told(tars: Path) -> None:
     assert not any("008.png" in name or "015.png" in name for name in names) and len(names) == 60
     # A run that goes on behind them sees the same.
     again = flowing(stream(tars / "s*.tar"))
-    again.tell([].append, 2)
+    again.tell([].append, 2, listed)
     for one, other in zip(batches(feed(), again, Division(), 10, 30, 1), made[10:], strict=True):
         assert_equal(one, other)
+    assert listed.read_text().splitlines() == lines, "by its loading process, and nothing twice"
+    listed.unlink()
+    again.tell([].append, 2, listed)
+    assert len(list(batches(feed(), again, Division(), 0, 30, 1))) == 30
+    assert listed.read_text().splitlines() == lines
     none = flowing(stream(tars / "s*.tar"))
     with pytest.raises(EndedError, match=r"\n1 sample cannot be used; data.unreadable: N leaves out as many"):
         list(batches(feed(), none, Division(), 0, 30, 1))
@@ -256,6 +264,7 @@ def test_a_micro_batch_of_which_nothing_can_be_decoded(tars: Path) -> None:
     )
     flow.tell(said.append, 6)
     whole = list(batches(feed(), flow, Division(), 0, 24, 0))
+    said = [line for line in said if "enlarged" not in line]
     weights = [batch.weight.tolist() for batch in whole]
     assert len(whole) == 24 and len(said) == 6 and {w for (w,) in weights} == {0.0, 1.0}
     assert all("s1.tar" in batch.names[0] for batch in whole)
@@ -311,8 +320,26 @@ def test_captions_that_are_cut_are_counted(tmp_path: Path) -> None:
     flow, said = flowing(stream(tmp_path / "a.tar"), rules=[CaptionRule()]), list[str]()
     flow.tell(said.append, 0)
     assert len(list(islice(flow.arrivals(0, 1), 33))) == 33
+    said = [line for line in said if " a caption" in line]
     assert [line.split(" a caption")[0] for line in said] == ["1 times", "10 times"]
     assert f"a.tar: 001.png: the last 5 tokens of '{'a' * 60}'" in said[0]
+
+
+def test_what_is_made_larger_or_has_several_pages_is_counted(tmp_path: Path) -> None:
+    frames, small = io.BytesIO(), io.BytesIO()
+    pages = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    pages[0].save(frames, "PNG", save_all=True, append_images=pages[1:])
+    Image.new("RGB", (20, 40)).save(small, "PNG")
+    looks = {1: {"png": frames.getvalue()}, 2: {"png": small.getvalue()}}
+    shard(tmp_path / "a.tar", range(3), lambda n: looks.get(n, {}))
+    flow, said = flowing(stream(tmp_path / "a.tar")), list[str]()
+    flow.tell(said.append, 0)
+    assert len(list(islice(flow.arrivals(0, 1), 30))) == 30
+    both = [line for line in said if "frames" in line], [line for line in said if "001" in line]
+    assert [line.split(" a ")[0] for line in both[0]] == ["1 times", "10 times"] and both[0] == both[1]
+    enlarged = [line for line in said if "enlarged" in line]
+    assert enlarged and enlarged[0].startswith("1 times a picture was enlarged: ")
+    assert any("002.png, 20x40" in line for line in enlarged)
 
 
 def test_the_first_samples_and_the_digest(tars: Path) -> None:

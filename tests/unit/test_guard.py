@@ -70,6 +70,30 @@ def test_an_explosion_before_there_is_a_window_is_found() -> None:
     assert alarms([0.1] * FIRST + [0.9] * 15) == []
 
 
+@pytest.mark.parametrize("bad", [2, 3, 6, FIRST])
+def test_an_explosion_among_the_first_losses_is_found(bad: int) -> None:
+    """Later ones are compared with them, so that they need a measure of their own: the very first."""
+    (step, since), *_ = alarms([0.1] * (bad - 1) + [1e4] * 40)
+    assert since == bad and FIRST < step <= FIRST + RECENT
+    assert step == max(FIRST + 1, 2 * bad - 3)  # as soon as half of those behind the first are so
+
+
+def test_a_lucky_first_loss_is_no_alarm() -> None:
+    """A single picture that is nearly all noise is easy: the next ones are thousands of times it."""
+    drawn = np.random.default_rng(5)
+    for first in (5e-4, 2e-4):
+        assert alarms([first, *np.exp(drawn.uniform(-7.5, 0, 300))]) == []
+    assert alarms([0.0] + [1.0] * 60) == []
+
+
+def test_a_new_run_clears_the_bad_batches_of_the_one_before(tmp_path: Path) -> None:
+    names = ("bad-step-7.json", "bad-step-12.json", "bad-step-notes.json", "bad-step-7.json.txt")
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    mend.clear(tmp_path)
+    assert sorted(place.name for place in tmp_path.iterdir()) == sorted(names[2:])
+
+
 def test_twice_the_level_is_needed() -> None:
     flat = [1.0] * (ENOUGH + 5)
     assert alarms(flat + [TIMES - 0.01] * RECENT) == []

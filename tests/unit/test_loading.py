@@ -245,10 +245,10 @@ def test_what_is_trained_or_started_from_is_loaded_exactly(method: str, tmp_path
     place.write_text(RECIPE.format(base="embedded", method=method, pictures="x", output="out"))
     loaded = recipe.load(place)
     kinds = {name: importlib.import_module(f"tuner.methods.{name}").METHOD for name in loaded.method}
-    options = build._options(loaded, SimpleNamespace(mixed_precision="bf16"), kinds)  # type: ignore[arg-type]
+    options = build.base_options(loaded, SimpleNamespace(mixed_precision="bf16"), kinds)  # type: ignore[arg-type]
     assert (options.hold, options.exact) == (HALF, METHODS[method])
     assert options.dtype("vae") == torch.float32  # whatever is asked for
-    plain = build._options(loaded, SimpleNamespace(mixed_precision="no"), kinds)  # type: ignore[arg-type]
+    plain = build.base_options(loaded, SimpleNamespace(mixed_precision="no"), kinds)  # type: ignore[arg-type]
     assert plain.hold == torch.float32
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tuner import memory, recipe
+from tuner.blocks import Stage
 from tuner.errors import UserError
 from tuner.memory import live, planning, state, step
 from tuner.memory.rules import Rules
@@ -162,6 +163,33 @@ def test_accumulating_and_processes_share_the_batch(made: Any) -> None:
         memory.plan(made(), processes=3)
 
 
+def test_the_stage_that_holds_most_is_planned(made: Any) -> None:
+    """Neither train.batch_size nor the largest side alone: small pictures in large batches may be most."""
+
+    def staged(*stages: dict[str, Any], more: str = "") -> Recipe:
+        asked = made(batch=4, more=more)
+        data = asked.data.model_copy(update={"resolution": None, "stages": [Stage(**one) for one in stages]})
+        return asked.model_copy(update={"data": data})
+
+    small, large = {"resolution": 32, "steps": 1, "batch_size": 32}, {"resolution": 64, "batch_size": 1}
+    alone = memory.plan(made(side=32, batch=32))
+    passes = planning.Passes()
+    both = memory.plan(staged(small, large), passes=passes)
+    assert (both.pictures, both.activations) == (alone.pictures, alone.activations) == (32, alone.activations)
+    plain = memory.plan(staged(small, {"resolution": 64}), passes=passes)  # of train.batch_size
+    four = memory.plan(made(side=64, batch=4))
+    assert plain.activations == max(alone.activations, four.activations)
+    less = memory.plan(staged(small | {"batch_size": 2}, {"resolution": 64}), passes=passes)
+    assert (less.pictures, less.activations) == (4, four.activations), "no other stage's passes are taken"
+    with pytest.raises(UserError, match=r"data\.stages\.1\.batch_size: found 1"):
+        memory.plan(staged(small, large), processes=2)
+    # What divides all stages is suggested, though it divides no further than the smallest.
+    asked = staged(small, large | {"batch_size": 2})
+    limit = memory.plan(asked).most(("training",)) - alone.activations // 3
+    found = memory.fits(asked, limit, phases=("training",))
+    assert [one.overrides for one in found if "accumulate" in one.overrides[0]] == [("train.accumulate=2",)]
+
+
 METHODS = (
     ("{lora: {kind: lokr, text_encoder: true}}", "cpu"),
     ("{lora: {rank: 2}, textual_inversion: {token: <new>, init: red toy, vectors: 2}}", "cuda"),
@@ -250,6 +278,7 @@ def test_passes_are_shared(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(runs) == 2
 
 
+@pytest.mark.slow
 def test_a_real_step_takes_what_is_planned() -> None:
     """Within 15 percent; plan and step each in a process of its own."""
     script = ROOT / "benchmarks" / "memory.py"

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -290,6 +291,48 @@ def test_rows_without_picture_or_caption_are_told(place: Path) -> None:
         f"{spec.path}[2]: no caption in column text",
         f"{spec.path}[3]: no caption in column text",
     ]
+
+
+def test_every_row_that_cannot_be_used_is_told_before_it_is_asked_for(place: Path) -> None:
+    cells = [{"bytes": png(n), "path": None} for n in range(5)]
+    weights, scenes = [1.0, -1.0, None, 0.5, 2.0], ['{"n": 1}', None, "{", "[]", None]
+    texts = [["a"], ["b"], ["c"], ["d"], ["e", None]]
+    table = {"image": cells, "text": texts, "weight": weights, "scene": scenes}
+    parquet.write_table(pa.table(table), place / "a.parquet")
+    seen = look(SourceSpec(path=str(place / "a.parquet"), weight=0.5), print)
+    assert isinstance(seen, Samples) and len(seen) == 1 and seen.weights().tolist() == [0.5]
+    assert (seen[0].captions, seen[0].scene) == (("a",), {"n": 1})
+    said = [line.partition("a.parquet")[2] for line in seen.problems()]
+    words = (
+        "a number of at least 0",
+        "is no JSON",
+        "expected a record",
+        "expected text, a caption or a list",
+    )
+    assert len(said) == 4
+    for number, (line, what) in enumerate(zip(said, words, strict=True), 1):
+        assert line.startswith(f"[{number}]: ") and what in line
+
+
+def test_many_rows_at_once_are_those_one_after_the_other(place: Path) -> None:
+    none = {"bytes": None, "path": None}
+    edges = [
+        None if n % 3 == 0 else none if n % 3 == 1 else {"bytes": png(n), "path": None} for n in range(40)
+    ]
+    cells = [None if n == 7 else {"bytes": png(100 + n), "path": None} for n in range(40)]
+    table = {"image": cells, "text": [f"t{n}" for n in range(40)], "conditioning_image": edges,
+             "weight": [n / 8 for n in range(40)]}  # fmt: skip
+    parquet.write_table(pa.table(table), place / "a.parquet", row_group_size=9)
+    seen = look(SourceSpec(path=str(place / "a.parquet"), weight=2.0), print)
+    assert isinstance(seen, Samples) and len(seen) == 39
+    each = [seen[row] for row in range(39)]
+    assert [s.captions[0] for s in each] == [f"t{n}" for n in range(40) if n != 7]
+    there = [s.condition is not None for s in each]
+    assert there == [n % 3 == 2 for n in range(40) if n != 7] and list(seen) == each
+    rows = np.random.default_rng(0).permutation(39).tolist()
+    assert seen.many(rows) == [each[row] for row in rows] and seen.many([]) == []
+    assert seen.weights().tolist() == [s.weight for s in each] == [n / 4 for n in range(40) if n != 7]
+    assert each[7].picture.read() == png(108), "behind the row without a picture"
 
 
 def test_pictures_that_are_files(place: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from tuner.data.blob import File
 from tuner.data.samples import Samples
 from tuner.data.sources import retry
-from tuner.data.sources.opening import open_spec
+from tuner.data.sources.opening import look, open_spec
 from tuner.data.sources.spec import SourceSpec
 from tuner.data.sources.stream import LeftOut, Stream
 from tuner.data.sources.urls import expand
@@ -120,6 +120,15 @@ def test_an_index_is_kept_until_the_archive_changes(tmp_path: Path) -> None:
     assert [s.captions for s in opened(place, said, index)] == [("new",)]
     with pytest.raises(UserError, match="the archive was changed"):
         first[0].picture.read()
+
+
+def test_what_is_left_out_is_kept_with_the_rest(tmp_path: Path) -> None:
+    place = tar(tmp_path / "a.tar", {"0.png": b"zero", "0.txt": b"x", "1.txt": b"no picture"})
+    said: list[str] = []
+    for _ in range(2):
+        found = look(SourceSpec(path=str(place)), said.append, 0, tmp_path / "index")
+        assert isinstance(found, Samples) and len(found) == 1 and len(list(found.problems())) == 1
+    assert [line for line in said if "looking" in line] == [f"{place}: looking for its samples"]
 
 
 def test_what_is_wrong_is_told_at_once(tmp_path: Path) -> None:

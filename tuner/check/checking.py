@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import nn
 
-from tuner import build, device, loop, surroundings
+from tuner import build, device, disk, gather, loop, optimiser, surroundings
 from tuner.check import figures, inputs, room, schedule, sheet, table, timing
 from tuner.check.asked import Asked
 from tuner.check.data import Looked, data
 from tuner.check.findings import Findings
 from tuner.check.needs import needs
 from tuner.check.outline import look
-from tuner.data.cache import Hashes
+from tuner.data.cache import Hashes, default_folder
 from tuner.errors import UserError
 from tuner.recipe import Recipe, load, micro_batch
 from tuner.task import Task
@@ -54,11 +59,28 @@ def check(wish: Asked) -> int:
 def every(recipe: Recipe, wish: Asked, found: Findings) -> None:
     """All checks of a recipe, each as far as the others' problems let it."""
     accelerator = _machine(recipe, found)
+    with _cached(recipe, found) as usable:
+        _every(usable, wish, accelerator, found)
+
+
+@contextlib.contextmanager
+def _cached(recipe: Recipe, found: Findings) -> Iterator[Recipe]:
+    """The recipe; where its cache cannot be written to, with another, which is thrown away."""
+    place = gather.cache(recipe) or default_folder()
+    before = len(found.problems)
+    found.attempt("machine", lambda: disk.check_writable(place, "data.cache"))
+    if len(found.problems) == before:
+        yield recipe
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache": folder})})
+
+
+def _every(recipe: Recipe, wish: Asked, accelerator: Accelerator, found: Findings) -> None:
     found.attempt("recipe", lambda: micro_batch(recipe, accelerator.num_processes))
     hashes = build.remembered(recipe)
     task = look(recipe, accelerator, hashes, found)
-    if task is not None:
-        found.attempt("train", lambda: loop.build_optimiser(task.each(), recipe.train))
+    found.attempt("train", lambda: _optimiser(recipe, task))
     looked = data(recipe, task, accelerator, found)
     if looked is not None:
         looked = schedule.planned(recipe, task, accelerator, looked, found)
@@ -80,6 +102,18 @@ def every(recipe: Recipe, wish: Asked, found: Findings) -> None:
         _time(recipe, accelerator, task, looked, hashes, found)
     if wish.contact_sheet:
         _sheet(recipe, wish, accelerator, task, looked, found)
+
+
+def _optimiser(recipe: Recipe, task: Task | None) -> None:
+    """See that the optimiser can be made; where it is not known what is trained, for any number."""
+    if task is not None:
+        loop.build_optimiser(task.each(), recipe.train)
+        return
+    groups: list[dict[str, Any]] = [{"params": [nn.Parameter(torch.zeros(1))]}]
+    try:
+        optimiser.build(groups, **recipe.train.optimiser.resolved(), learning_rate=recipe.train.learning_rate)
+    except optimiser.OptimiserError as error:
+        raise UserError(f"train.optimiser: {error}") from error
 
 
 def _machine(recipe: Recipe, found: Findings) -> Accelerator:

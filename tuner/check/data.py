@@ -19,7 +19,7 @@ from tuner.data import assemble, buckets, caption_check, pictures
 from tuner.data.assemble import Opened, Wanted
 from tuner.data.cache import default_folder
 from tuner.data.conditions import Condition
-from tuner.data.index import Memory, Share
+from tuner.data.index import Memory, Share, UnreadableError
 from tuner.data.noise import Draws
 from tuner.data.plan import Plan, Stages
 from tuner.data.samples import Joined, Sample, Samples, sources
@@ -79,34 +79,37 @@ def data(recipe: Recipe, task: Task | None, accelerator: Accelerator, found: Fin
     found.facts["data"] = about
     opened, streams = _open(recipe.data.source, asked, memory, found, about["sources"])
     if streams and task is not None:
-        found.problems_of("data", gather._refused(recipe, task, streams))
+        found.problems_of("data", gather.refused(recipe, task, streams))
     if recipe.data.heldout:
         held, _ = _open(
             recipe.data.heldout, asked.plain(), memory, found, about["heldout"], most=_looked(recipe)
         )
-        if held is not None and len(held.left_out) > asked.unreadable:
-            found.problems_of("data", held.left_out)
+        if held is not None:
+            _refuse(held, asked, found)
     if opened is None:
         return None
     about["left_out"] = list(opened.left_out)
-    if len(opened.left_out) > asked.unreadable:
-        found.problems_of("data", opened.left_out)
-        found.problem(
-            "data",
-            f"{len(opened.left_out)} of {len(opened.samples) + len(opened.left_out)} samples cannot be used; "
-            f"data.unreadable: {asked.unreadable} may be left out",
-        )
+    _refuse(opened, asked, found)
     if not len(opened.samples):
         return None
     about |= _counts(opened)
     if task is not None:
         some = opened
-        masked = found.attempt("data", lambda: gather._with_masks(recipe, task, some, asked))
+        masked = found.attempt("data", lambda: gather.with_masks(recipe, task, some, asked))
         asked = asked if masked is None else masked
     _captions(recipe, task, opened, asked, found)
     stages = _stages(recipe, task, opened, asked, found)
     every = opened._replace(assigned=buckets.together([one.assigned for one in stages]))
     return Looked(every, asked, stages, None, every, passing=bool(streams))
+
+
+def _refuse(opened: Opened, asked: Wanted, found: Findings) -> None:
+    """Tell of samples that cannot be used where they are more than may be left out."""
+    if len(opened.left_out) <= asked.unreadable:
+        return
+    found.problems_of("data", opened.left_out)
+    refused = UnreadableError(opened.left_out, len(opened.samples) + len(opened.left_out), asked.unreadable)
+    found.problem("data", str(refused).splitlines()[-1])  # as a run counts them
 
 
 def _stages(
@@ -115,8 +118,8 @@ def _stages(
     """The samples as each stage has them."""
     stages = [opened]
     if task is not None:
-        stages = found.attempt("data", lambda: gather._in_stages(recipe, task, opened, asked)) or stages
-    shared = found.attempt("data", lambda: [gather._shares(recipe, one) for one in stages])
+        stages = found.attempt("data", lambda: gather.in_stages(recipe, task, opened, asked)) or stages
+    shared = found.attempt("data", lambda: [gather.with_shares(recipe, one) for one in stages])
     return stages if shared is None else shared
 
 
@@ -149,7 +152,7 @@ def _wanted(recipe: Recipe, task: Task | None, accelerator: Accelerator, found: 
         ),
         condition_of=tuple((n, s.condition) for n, s in enumerate(about.source) if s.condition is not None),
     )
-    made = found.attempt("data", lambda: tuple(gather._buckets(about, source, 8) for source in about.source))
+    made = found.attempt("data", lambda: tuple(gather.buckets_of(about, one, 8) for one in about.source))
     return asked if made is None else replace(asked, buckets=made)
 
 
@@ -191,7 +194,7 @@ def _open(
                 continue
             found.note(f"{spec.path} is read in passing: its first {len(part)} samples stand for all here")
         wrong = list(part.problems())
-        found.problems_of("data", wrong)
+        found.problems_of("data", part.faults())
         told |= {
             "samples": len(part),
             "repeats": sorted({int(times) for times in np.unique(part.repeats)}),
@@ -201,16 +204,18 @@ def _open(
         }
         parts.append(part)
     samples: Sequence[Sample] = Joined(parts)
+    before = Joined(parts).problems()
     if not len(samples):
+        found.problems_of("data", before)
         return None, streams
     repeats = Joined(parts).repeats.astype(np.float64)
     if most is not None:
         samples, repeats = samples[:most], repeats[:most]
-    every = replace(asked, unreadable=len(samples))
-    opened = found.attempt("data", lambda: assemble.look_at(samples, repeats, every, memory))
+    every = replace(asked, unreadable=len(samples) + len(before))
+    opened = found.attempt("data", lambda: assemble.look_at(samples, repeats, every, memory, before))
     if opened is None:  # of the buckets; what can be read is known all the same
         squares = replace(every, buckets=())
-        opened = found.attempt("data", lambda: assemble.look_at(samples, repeats, squares, memory))
+        opened = found.attempt("data", lambda: assemble.look_at(samples, repeats, squares, memory, before))
     return opened, streams
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from tuner.errors import UserError
+from tuner.errors import UserError, of_system
 
 Result = TypeVar("Result")
 
@@ -40,12 +40,16 @@ class Findings:
     notes: list[str] = field(default_factory=list)
 
     def attempt(self, about: str, look: Callable[[], Result]) -> Result | None:
-        """What `look` gives; None, and a problem more, where it raises UserError."""
+        """What `look` gives; None, and a problem more, where it raises UserError, or the system refuses."""
         try:
             return look()
         except UserError as error:
             self.problem(about, str(error))
-            return None
+        except OSError as error:
+            if (told := of_system(error)) is None:
+                raise
+            self.problem(about, told)
+        return None
 
     def problem(self, about: str, text: str) -> None:
         """Add a problem; the same is told once."""

@@ -36,9 +36,9 @@ def look(recipe: Recipe, accelerator: Accelerator, hashes: Hashes, found: Findin
     kinds = {name: importlib.import_module(f"tuner.methods.{name}").METHOD for name in recipe.method}
     needs = sorted({need for kind in kinds.values() for need in kind.NEEDS})
     trains = {name for kind in kinds.values() for name in kind.TRAINS}
-    found.attempt("base", lambda: build._check_quantised(recipe, needs, trains))
-    options = build._options(recipe, accelerator, kinds)
-    found.attempt("base", lambda: base._check(options, needs))
+    found.attempt("base", lambda: build.check_quantised(recipe, needs, trains))
+    options = build.base_options(recipe, accelerator, kinds)
+    found.attempt("base", lambda: base.check_options(options, needs))
     family = _family(recipe, needs, options, hashes, found)
     if family is None:
         found.unchecked.append("whether the methods fit the base: there is no base to look at")
@@ -51,12 +51,12 @@ def look(recipe: Recipe, accelerator: Accelerator, hashes: Hashes, found: Findin
         if whole is not None:
             family, made = cast(StableDiffusion, whole.family), whole.each()
     methods = made or None
-    found.attempt("method", lambda: build._check_size(recipe, family))
-    objective = found.attempt("objective", lambda: build._objective(recipe, family))
+    found.attempt("method", lambda: build.check_size(recipe, family))
+    objective = found.attempt("objective", lambda: build.make_objective(recipe, family))
     if methods is None:
         found.unchecked.append("what is trained, and captions as the method changes them: see the problems")
         return None
-    found.attempt("method", lambda: build._check_uses(recipe, methods))
+    found.attempt("method", lambda: build.check_uses(recipe, methods))
     found.attempt("method", lambda: verify.check_names(recipe.name, family, methods))
     if objective is None:
         return None
@@ -159,14 +159,15 @@ def _weights(name: str, place: Path) -> list[Path]:
         UserError: one is missing; what is there instead is told.
     """
     stem = components.WEIGHTS if components.KINDS[name][0] == "diffusers" else "model"
-    files = components._files(place, stem)
+    files = components.weight_files(place, stem)
     if not files:
         there = sorted(
             p.name for p in place.iterdir() if p.suffix in (".bin", ".safetensors", ".ckpt", ".pt")
         )
-        pickles = "" if all(one.endswith(".safetensors") for one in there) else "; pickles are not loaded"
+        pickled = any(not one.endswith(".safetensors") for one in there)
+        instead = "; pickles are not loaded: convert it to .safetensors" if pickled else "; download it again"
         raise UserError(
-            f"{place}: expected {stem}.safetensors, found {', '.join(there) or 'no weights'}{pickles}"
+            f"{place}: expected {stem}.safetensors, found {', '.join(there) or 'no weights'}{instead}"
         )
     return files
 

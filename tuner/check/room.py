@@ -29,9 +29,12 @@ def output(
 ) -> None:
     """Whether the output can be written to, holds another run, and has room; nothing is written there."""
     place, cache = Path(recipe.output), gather.cache(recipe)
-    about: dict[str, Any] = {"output": {"free": disk.free(place)}, "cache": {}}
-    found.facts["disk"] = about
     before = len(found.problems)
+    free = found.attempt("output", lambda: disk.free(place))
+    if free is None:
+        return
+    about: dict[str, Any] = {"output": {"free": free}, "cache": {}}
+    found.facts["disk"] = about
     found.attempt("output", lambda: disk.check_writable(place, "output"))
     if cache is not None:
         about["cache"] = {"free": disk.free(cache)}

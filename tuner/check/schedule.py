@@ -71,13 +71,13 @@ def _plan(recipe: Recipe, looked: Looked, beside: Beside | None, accelerator: Ac
             recipe.train.seed,
             beside,
             one.assigned,
-            gather._weights(one),
+            gather.loss_weights(one),
             "smaller" if recipe.data.buckets is None else recipe.data.buckets.last,
             recipe.train.accumulate * accelerator.num_processes,
         )
         for one, size in zip(looked.stages, sizes, strict=True)
     ]
-    return plans[0] if len(plans) == 1 else Stages(plans, gather._lengths(recipe))
+    return plans[0] if len(plans) == 1 else Stages(plans, gather.lengths(recipe))
 
 
 def plan(recipe: Recipe, looked: Looked, accelerator: Accelerator) -> dict[str, Any]:
@@ -100,9 +100,10 @@ def plan(recipe: Recipe, looked: Looked, accelerator: Accelerator) -> dict[str, 
     }
     if looked.passing:
         return {**about, "samples": None, "images": steps * train.batch_size}
-    lengths = [steps] if len(looked.plans) == 1 else gather._lengths(recipe)
+    lengths = [steps] if len(looked.plans) == 1 else gather.lengths(recipe)
     stages = [
-        _stage(one, length, size) for one, length, size in zip(looked.plans, lengths, sizes, strict=True)
+        _stage(one, length, size, train.accumulate * processes)
+        for one, length, size in zip(looked.plans, lengths, sizes, strict=True)
     ]
     return {
         **about,
@@ -114,10 +115,11 @@ def plan(recipe: Recipe, looked: Looked, accelerator: Accelerator) -> dict[str, 
     }
 
 
-def _stage(made: Plan, steps: int, batch_size: int) -> dict[str, Any]:
+def _stage(made: Plan, steps: int, batch_size: int, passes: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "batch_size": batch_size,
+        "micro_batch": batch_size // passes,
         "entries_per_epoch": int(made.sizes.sum()),
         "steps_per_epoch": made.steps_per_epoch,
         "epochs": round(steps / made.steps_per_epoch, 6),

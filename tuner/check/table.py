@@ -151,7 +151,12 @@ def _buckets(about: Sequence[Facts]) -> Iterator[str]:
 
 
 def _plan(about: Facts) -> Iterator[str]:
-    divided = f"{about['processes']} process x {about['accumulate']} accumulated x {about['micro_batch']}"
+    stages = about.get("stages") or [about]
+    batches = [
+        f"{one['batch_size']} = {about['processes']} process x {about['accumulate']} accumulated x "
+        f"{one['micro_batch']}"
+        for one in stages
+    ]
     made = about["checkpoints"]
     yield from _pairs(
         {
@@ -160,7 +165,7 @@ def _plan(about: Facts) -> Iterator[str]:
             "steps": f"{about['steps']:,}"
             + (f" ({about['epochs']:.4g} epochs)" if "epochs" in about else ""),
             "pictures seen": about["images"],
-            "batch": f"{about['batch_size']} = {divided}",
+            "batch": ", then ".join(dict.fromkeys(batches)),
             "checkpoints": f"{made['written']} written, {made['kept']} kept",
             "exports": about["exports"],
             "previews": f"{about['previews']} times" if about["previews"] else None,

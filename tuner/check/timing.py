@@ -50,12 +50,12 @@ def measure(
     unseen = recipe.model_copy(update={"preview": type(recipe.preview)()})
     assert looked.plan is not None
     run = build.joined(unseen, accelerator, task, gather.Gathered(feed, looked.plan, ""), None, hashes)
-    made = loop._make(run, Log(Path(recipe.output), False, None, main=False, resume_step=None))
+    made = loop.make(run, Log(Path(recipe.output), False, None, main=False, resume_step=None))
     batches = stream(feed, few, run.division, 0, len(steps), 0)  # type: ignore[arg-type]
     seconds = []
     for step in range(len(steps)):
         start = time.monotonic()
-        loss, _ = loop._step(run, made, batches, step)
+        loss, _ = loop.one_step(run, made, batches, step)
         loss.item()  # waits for the device
         seconds.append(time.monotonic() - start)
     return {

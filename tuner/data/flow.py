@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, count, islice, product
 from multiprocessing.synchronize import Event
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ from tuner.data.passing import Gate, UnusableError
 from tuner.data.plan import Plan, Slot, Stages, share
 from tuner.data.samples import Sample, Say
 from tuner.data.sources.stream import LeftOut, Stream
+from tuner.data.transform import Transform
 from tuner.errors import UserError
 
 
@@ -79,9 +82,11 @@ class Flow:
         self.halted: Event | None = None  # set where nobody waits for more
         self.tell(print, 0)
 
-    def tell(self, say: Say, unreadable: int) -> None:
-        """Where lines for the user go, and how many samples of this process may be left out."""
-        self.say, self.left_out, self._cut = say, LeftOut(unreadable, say), 0
+    def tell(self, say: Say, unreadable: int, listed: Path | None = None) -> None:
+        """Where lines for the user go, how many samples of this process may be left out, and the file that
+        lists them."""
+        self.say, self.left_out = say, LeftOut(unreadable, say, listed)
+        self._counts: Counter[str] = Counter()
         for stream in self.streams:
             stream.say, stream.left_out = say, self.left_out
 
@@ -112,16 +117,20 @@ class Flow:
             which = counted.choice(self.shares, self.seed, 0, number, "stream") if many else 0
             sample, epoch, position = next(every[which])
             try:
-                height, width, cut = self.gate(sample)
+                height, width, cut, frames = self.gate(sample)
             except UnusableError as error:
                 self.left_out(str(error))
                 continue
             if cut is not None:
-                self._tell_cut(cut)
+                self._tell("a caption was longer than base.windows read, and cut", cut)
+            if frames > 1:
+                self._tell("a picture had several frames, of which the first is used", sample.picture.name)
             try:
                 shapes = self.buckets[which].every(height, width)
             except UserError as error:
                 raise UserError(f"{sample.picture.name}: {error}") from error
+            if any(Transform(*shape).scale(height, width) > 1 for shape in shapes):
+                self._tell("a picture was enlarged", f"{sample.picture.name}, {width}x{height}")
             first = (position * len(every) + which) * self._areas
             for nth, bucket in enumerate(shapes):
                 slot = Slot(0, epoch, first + nth, sample.weight, bucket)
@@ -200,11 +209,11 @@ class Flow:
         sizes = None if feed.told is None else np.array([a.size for a in arrivals], np.int64)
         return replace(feed, views=views, told=sizes).batch(slots, float(self.batch_size))
 
-    def _tell_cut(self, line: str) -> None:
+    def _tell(self, what: str, line: str) -> None:
         """Say it the first time, the tenth, the hundredth ..."""
-        self._cut += 1
-        if str(self._cut).rstrip("0") == "1":
-            self.say(f"{self._cut} times a caption was longer than base.windows read, and cut: {line}")
+        self._counts[what] += 1
+        if str(self._counts[what]).rstrip("0") == "1":
+            self.say(f"{self._counts[what]} times {what}: {line}")
 
 
 class _Passing(IterableDataset[Batch | UserError]):

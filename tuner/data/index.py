@@ -17,8 +17,9 @@ from typing import NamedTuple, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
-from tuner.data import pictures
+from tuner.data import pictures, remarks
 from tuner.data.blob import Blob
+from tuner.data.remarks import Remarks
 from tuner.data.samples import SHOWN, Sample, take
 from tuner.data.transform import check_fits
 from tuner.errors import UserError
@@ -34,11 +35,18 @@ class Known(NamedTuple):
     Attributes:
         digest: sha256 of its bytes.
         height, width: in pixels, turned as its EXIF says.
+        notes: what is told of it, a line each.
     """
 
     digest: str
     height: int
     width: int
+    notes: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
 
 
 class Memory:
@@ -49,8 +57,8 @@ class Memory:
         self.place = folder / "pictures.sqlite"
         with closing(self._open()) as base, base:
             base.execute(
-                "create table if not exists decoded "
-                "(stamp text primary key, digest text, height integer, width integer)"
+                "create table if not exists looked "
+                "(stamp text primary key, digest text, height integer, width integer, notes text)"
             )
 
     def of(self, stamps: Sequence[str]) -> dict[str, Known]:
@@ -59,7 +67,7 @@ class Memory:
         with closing(self._open()) as base:
             for start in range(0, len(stamps), AT_ONCE):
                 part = stamps[start : start + AT_ONCE]
-                asked = f"select * from decoded where stamp in ({','.join('?' * len(part))})"
+                asked = f"select * from looked where stamp in ({','.join('?' * len(part))})"
                 found |= {stamp: Known(*known) for stamp, *known in base.execute(asked, part)}
         return found
 
@@ -67,7 +75,7 @@ class Memory:
         """Remember."""
         rows = [(stamp, *known) for stamp, known in found.items()]
         with closing(self._open()) as base, base:
-            base.executemany("insert or replace into decoded values (?, ?, ?, ?)", rows)
+            base.executemany("insert or replace into looked values (?, ?, ?, ?, ?)", rows)
 
     def _open(self) -> sqlite3.Connection:
         return sqlite3.connect(self.place, timeout=60)
@@ -201,6 +209,8 @@ def look(
     share.wait()
     others = [row for row in left if row % share.processes != share.rank]
     looked.read(looked.known(others))  # what others could not use, for its words
+    for line in looked.remarks.lines(reading):
+        say(line)
     return Index(*(Column(*both) for both in zip(looked.digests, looked.sizes, strict=True))), looked.problems
 
 
@@ -213,6 +223,7 @@ class _Look:
         self.sizes = np.full((3, len(samples), 2), -1, np.int32)
         self.problems: dict[int, str] = {}
         self.faults: dict[str, str] = {}  # by stamp
+        self.remarks = Remarks()
 
     def known(self, rows: Sequence[int]) -> list[int]:
         """Fill in the rows of which everything is remembered; the others."""
@@ -261,13 +272,15 @@ class _Look:
         try:
             found = [known.get(stamp or "") or self._fresh(blob, stamp) for _, blob, stamp in blobs]
             for (_, blob, _), one in zip(blobs[1:], found[1:], strict=True):
-                check_fits(blob.name, one[1:], found[0][1:])
+                check_fits(blob.name, one.size, found[0].size)
         except UserError as error:
             self.problems[row] = str(error)
             found = [Known("00" * 32, 0, 0)] * len(blobs)
-        for (which, _, _), one in zip(blobs, found, strict=True):
+        for (which, blob, _), one in zip(blobs, found, strict=True):
             self.digests[which, row] = np.frombuffer(bytes.fromhex(one.digest), np.uint8)
-            self.sizes[which, row] = one[1:]
+            self.sizes[which, row] = one.size
+            if one.notes:
+                self.remarks.add(one.notes.splitlines(), blob.name, which > 0)
 
     def _fresh(self, blob: Blob, stamp: str | None) -> Known:
         """What is known of bytes that have no stamp, or could not be used."""
@@ -318,8 +331,9 @@ def sift(problems: dict[int, str], total: int, allowed: int, before: Sequence[st
 
 def _about(blob: Blob, reading: pictures.Reading) -> Known:
     data = blob.read()
-    height, width = pictures.decode(data, blob.name, reading).picture.shape[:2]
-    return Known(hashlib.sha256(data).hexdigest(), height, width)
+    found = pictures.decode(data, blob.name, reading)
+    height, width = found.picture.shape[:2]
+    return Known(hashlib.sha256(data).hexdigest(), height, width, "\n".join(remarks.of(found)))
 
 
 def _chunks(items: Sequence[Item], description: str) -> Iterable[Sequence[Item]]:

@@ -25,11 +25,13 @@ class Looked(NamedTuple):
     Attributes:
         height, width: of its picture, in pixels, as its header says.
         cut: what is said of captions that are longer than the base reads; None: they are read whole.
+        frames: of the picture, or pages; the first is used.
     """
 
     height: int
     width: int
     cut: str | None
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Gate:
             raise UnusableError(str(error)) from error
         if not sample.weight:
             raise UserError(f"{name}: its weight is 0: it would never count; leave it out")
-        return Looked(about.height, about.width, self._captions(sample))
+        return Looked(about.height, about.width, self._captions(sample), about.frames)
 
     def _captions(self, sample: Sample) -> str | None:
         """What `caption_check.check` tells, of one sample."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tuner import gather
 from tuner.errors import UserError
 from tuner.memory.needs import ALL, Needs
 from tuner.memory.planning import Passes, plan, precision
@@ -164,13 +165,13 @@ def _caches(recipe: Recipe, processes: int, device: str) -> Iterator[_Change]:
 
 
 def _divided(recipe: Recipe, processes: int, device: str) -> Iterator[_Change]:
-    size, now = recipe.train.batch_size, recipe.train.accumulate
+    sizes, now = gather.batch_sizes(recipe), recipe.train.accumulate
     if "contrastive" in recipe.method:
         return
-    for accumulate in range(now + 1, size // processes + 1):
-        micro, rest = divmod(size, accumulate * processes)
+    for accumulate in range(now + 1, min(sizes) // processes + 1):
+        micro = max(sizes) // (accumulate * processes)
         # Of the many ways only those that halve the pictures of a pass, and single ones.
-        if not rest and (micro & (micro - 1) == 0):
+        if not any(size % (accumulate * processes) for size in sizes) and (micro & (micro - 1) == 0):
             yield _Change({"train.accumulate": accumulate}, "the same step in more passes")
 
 

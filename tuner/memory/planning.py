@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from tuner import device as machine
+from tuner import gather
 from tuner.adapters.layers import path_of
 from tuner.components import GROUP
 from tuner.memory import model, state, step
@@ -48,8 +49,7 @@ class Passes:
 
     def run(self, name: str, made: Model, go: Callable[[], Pass], *more: object) -> Pass:
         """A pass, once for all plans in which it is the same."""
-        about = made.recipe.data
-        wide = [about.resolution, *(source.resolution for source in about.source)]
+        wide = [made.recipe.data.side, *gather.every_side(made.recipe)]
         key = repr((name, _key(made.recipe, made.device, made.dtype), wide, step.cached(made), *more))
         if key not in self.found:
             self.found[key] = go()
@@ -66,7 +66,8 @@ def plan(recipe: Recipe, processes: int = 1, device: str = "cpu", passes: Passes
     """The memory that each process of a run will need, before anything is loaded.
 
     Networks and methods are built without memory (torch's meta device), one micro-batch of the largest shape
-    goes forward and backward through them, and what lives is counted at every operation (live.py).
+    (of stages that which holds most) goes forward and backward through them, and what lives is counted at
+    every operation (live.py).
 
     Args:
         recipe: the run's.
@@ -81,9 +82,8 @@ def plan(recipe: Recipe, processes: int = 1, device: str = "cpu", passes: Passes
     libraries = baseline() if device == "cpu" else CONTEXT
     chosen = precision(recipe, device)
     made = passes.model(recipe, device, machine.DTYPES[chosen])
-    pictures, trained = micro_batch(recipe, processes), made.trained()
-    sizes = (pictures, recipe.train.accumulate > 1)
-    one = passes.run("training", made, lambda: step.training(made, pictures), *sizes)
+    trained = made.trained()
+    pictures, one = _largest(passes, made, processes)
     kept, paged = state.state(recipe.train.optimiser, trained)
     buckets = nbytes(trained) if processes > 1 else 0
     ema = 4 * sum(p.numel() for p in trained) if recipe.train.ema is not None else 0
@@ -120,6 +120,33 @@ def plan(recipe: Recipe, processes: int = 1, device: str = "cpu", passes: Passes
         proof.peak,
         0 if device == "cpu" else baseline() + sum(loaded.values()) + paged + reading,
     )
+
+
+def _largest(passes: Passes, made: Model, processes: int) -> tuple[int, Pass]:
+    """Of the stages the micro-batch that holds most, in pictures, and what it holds."""
+    recipe, several = made.recipe, made.recipe.train.accumulate > 1
+    micro_batch(recipe, processes)  # raises where a stage's cannot be shared
+    shared = processes * recipe.train.accumulate
+    each = {
+        (size // shared, side) for size, side in zip(gather.batch_sizes(recipe), sides(recipe), strict=True)
+    }
+    # One that has no more pictures than another, and no larger ones, holds no more.
+    most = [one for one in each if not any(one != other and _within(one, other) for other in each)]
+    found = []
+    for pictures, side in sorted(most):
+        go = functools.partial(step.training, made, pictures, side)
+        found.append((pictures, passes.run("training", made, go, pictures, side, several)))
+    return max(found, key=lambda one: one[1].peak)
+
+
+def _within(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] <= other[0] and one[1] <= other[1]
+
+
+def sides(recipe: Recipe) -> list[int]:
+    """The largest side that pictures are trained at, stage after stage."""
+    own = [gather.sides(source.resolution) for source in recipe.data.source if source.resolution is not None]
+    return [max(side for one in (wide, *own) for side in one) for wide in recipe.data.sizes]
 
 
 def precision(recipe: Recipe, device: str) -> str:
@@ -201,7 +228,7 @@ def _looks(passes: Passes, made: Model) -> list[tuple[str, int, int]]:
 
     swapped = 4 * sum(p.numel() for p in made.trained()) if recipe.train.ema is not None else 0
     if recipe.validation.every:
-        count = min(recipe.train.batch_size, LOOKED_AT, recipe.validation.samples)
+        count = min(gather.batch_sizes(recipe)[-1], LOOKED_AT, recipe.validation.samples)
         found.append(("validation", swapped, count * passes.run("looking", made, look).peak))
     counts = [(recipe.preview.count, recipe.preview.guidance)] if recipe.preview.every else []
     if recipe.evaluate.samples:

@@ -33,14 +33,14 @@ class Pass:
     gradients: int = 0
 
 
-def training(model: Model, pictures: int) -> Pass:
-    """Forward and backward of one micro-batch of so many pictures, at the largest shape."""
+def training(model: Model, pictures: int, side: int) -> Pass:
+    """Forward and backward of one micro-batch of so many squares; no bucket is larger than its square."""
     live, rules, accumulating = _live(model), model.rules, model.recipe.train.accumulate > 1
     with live:
         if accumulating:  # the gradients of the passes before
             for parameter in model.trained():
                 parameter.grad = torch.empty_like(parameter)
-        batch = _batch(model, pictures, *_shape(model))
+        batch = _batch(model, pictures, *_cropped(model, side))
         with rules:
             rules.forward_pass()
             loss = _loss(model, batch)
@@ -83,7 +83,7 @@ def decoded_together(model: Model, count: int) -> int:
 def encoding(model: Model) -> Pass:
     """The pictures and captions that are encoded together before the training."""
     family = model.family
-    height, width = _shape(model)
+    height, width = _cropped(model, max(gather.every_side(model.recipe)))
     peaks = []
     if "vae" in family.modules() and not model.methods[0].WHOLE_STEP:
         live = _live(model)
@@ -114,9 +114,8 @@ def cached(model: Model) -> tuple[bool, bool]:
     return latents, all(method.CACHES_TEXT for method in model.methods)
 
 
-def _shape(model: Model) -> tuple[int, int]:
-    """Height and width of the largest pictures; no bucket is larger than the square it is about."""
-    side = max(gather.every_side(model.recipe))
+def _cropped(model: Model, side: int) -> tuple[int, int]:
+    """Height and width that the networks see of pictures of a side."""
     whole = model.recipe.method.get("autoencoder")
     crop = getattr(whole, "crop", None)
     side = side if crop is None else min(side, crop)

@@ -178,7 +178,7 @@ LISTINGS = [
          "file_name,text\n0.png,a\n")), "metadata.csv", "keep one"),
     case("cells", lambda w: (emptied(w), w.pictures(1), (w.root / "data/0.txt").unlink(),
          w.file("data/metadata.csv", "file_name,text\n0.png,a,b\n")),
-         "metadata.csv:2: found another number of cells", "not listed"),
+         "metadata.csv:2: found another number of cells", "than the first line has columns"),
     case("a column", lambda w: (listing(*ROWS)(w), w.set("data.source", [{"path": "data",
          "columns": {"caption": "txet"}}])),
          "metadata.jsonl", "txet", "did you mean text?"),

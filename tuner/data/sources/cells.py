@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,6 +24,7 @@ from tuner.data.sources.spec import SourceSpec
 from tuner.errors import UserError
 
 AT_ONCE = 4096
+Flags = npt.NDArray[np.bool_]
 MEND = "put the pictures into the table, or beside it"
 
 
@@ -30,6 +32,8 @@ class Cells:
     """A set's columns with pictures.
 
     Attributes:
+        null, apart: by column, bool [N], of each row whether nothing is there, and whether it names a file
+            instead of holding bytes.
         name: what messages call the set: `hub:owner/name train`.
         of: names its bytes, as a blob's stamp does; None: unknown.
         homes: the folders that files it names lie in; others are not the set's to name.
@@ -39,6 +43,9 @@ class Cells:
         self.name, self.homes = name, homes
         self.columns = {column: loaded.select_columns([column]) for column in chosen.pictures}
         self._arrow = {name: column.with_format("arrow") for name, column in self.columns.items()}
+        looked = {name: _looked(column, name) for name, column in self._arrow.items()}
+        self.null = {name: null for name, (null, _) in looked.items()}
+        self.apart = {name: apart for name, (_, apart) in looked.items()}
         files = [file_stamp(Path(one["filename"])) for one in loaded.cache_files]
         # The same files hold train[:9] and train[9:], whose rows are both counted from 0.
         parts_of = [f"{split} {len(loaded)}", *map(str, files)]
@@ -49,16 +56,11 @@ class Cells:
         """A cell: its bytes, or `bytes` and `path`, or None."""
         return self.columns[column][row][column]
 
-    def is_null(self, column: str, row: int) -> bool:
-        """Whether nothing is there; the bytes are not looked at."""
-        return not self._arrow[column][row].column(column)[0].is_valid
-
     def path(self, column: str, row: int) -> str | None:
         """The file that a cell names instead of holding bytes; None: it holds them."""
-        cell = self._arrow[column][row].column(column)
-        if not pa.types.is_struct(cell.type) or pc.struct_field(cell, "bytes")[0].is_valid:
+        if not self.apart[column][row]:
             return None
-        found: str | None = pc.struct_field(cell, "path")[0].as_py()
+        found: str | None = pc.struct_field(self._arrow[column][row].column(column), "path")[0].as_py()
         return found
 
     def __eq__(self, other: object) -> bool:
@@ -135,41 +137,64 @@ class SetSamples(Samples):
         self.cells = Cells(loaded, chosen, name, spec.split or "train", homes(spec))
         others = [column for column in chosen.used if column not in chosen.pictures]
         self.texts = loaded.select_columns(others)
-        bad = self._check(loaded)
+        bad = self._check()
         self.rows = None if not bad else np.setdiff1d(np.arange(len(loaded)), np.array(sorted(bad)))
         if self.rows is not None:
             self.repeats = self.repeats[self.rows]
 
     def one(self, index: int) -> Sample:
         """The sample of a row."""
-        row = index if self.rows is None else int(self.rows[index])
+        return self.ones([index])[0]
+
+    def ones(self, rows: Sequence[int]) -> list[Sample]:
+        """The samples of some rows."""
+        of = np.asarray(rows, np.int64) if self.rows is None else self.rows[np.asarray(rows, np.int64)]
+        return [self._sample(row, about) for row, about in zip(of.tolist(), self._said(of), strict=True)]
+
+    def weights(self) -> npt.NDArray[np.float64]:
+        """Each sample's weight with the source's, float64 [N]."""
+        if "weight" not in self.chosen.names:
+            return np.full(len(self), self.weight)
+        return super().weights()
+
+    def _sample(self, row: int, said: dict[str, Any]) -> Sample:
         wrong: list[str] = []
-        about = known(self.texts[row], self.chosen, wrong)
-        if wrong:
-            raise UserError("\n".join(f"{self.cells.name}[{row}]: {one}" for one in wrong))
-        names = self.chosen.names
-        picture = Cell(self.cells, names["picture"], row)
-        others = [self._other(names.get(key), row) for key in ("condition", "mask")]
-        captions, kinds, scene, weight = about
+        captions, kinds, scene, weight = known(said, self.chosen, wrong)
+        assert not wrong, "such rows are no samples"
+        picture, *others = (self._cell(key, row) for key in ("picture", "condition", "mask"))
+        assert picture is not None
         return Sample(picture, captions, others[0], others[1], scene, weight=weight, kinds=kinds)
 
-    def _other(self, column: str | None, row: int) -> Cell | None:
-        if column is None or self.cells.is_null(column, row):
-            return None
-        return Cell(self.cells, column, row)
+    def _cell(self, key: str, row: int) -> Cell | None:
+        column = self.chosen.names.get(key)
+        return None if column is None or self.cells.null[column][row] else Cell(self.cells, column, row)
 
-    def _check(self, loaded: Any) -> set[int]:
+    def _said(self, rows: npt.NDArray[np.int64]) -> list[dict[str, Any]]:
+        """What some rows of the set say besides their pictures."""
+        if not len(rows):
+            return []
+        first, after = int(rows[0]), int(rows[0]) + len(rows)
+        side_by_side = bool((rows == np.arange(first, after)).all())
+        found = self.texts[first:after] if side_by_side else self.texts[rows.tolist()]
+        return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+
+    def _check(self) -> set[int]:
         """The rows that are no samples; what is wrong with them is put into the problems."""
         picture, said = self.chosen.names["picture"], list(self.chosen.captions.values())
         bad: dict[int, str] = {}
-        wanted = dict.fromkeys([picture, *said])
-        batches = loaded.select_columns(list(wanted)).with_format("arrow").iter(batch_size=AT_ONCE)
-        for number, batch in enumerate(batches):
-            start = number * AT_ONCE
-            for row in _nowhere(batch.column(picture)):
-                bad[start + row] = f"no picture in column {picture}"
-            for row in set.intersection(*(set(_unsaid(batch.column(column))) for column in said)):
+        texts = self.texts.with_format("arrow")
+        for start in range(0, len(self.texts), AT_ONCE):
+            rows = np.arange(start, min(start + AT_ONCE, len(self.texts)))
+            for row, about in zip(rows.tolist(), self._said(rows), strict=True):
+                wrong: list[str] = []
+                known(about, self.chosen, wrong)
+                if wrong:
+                    bad[row] = "; ".join(wrong)
+            part = texts[start : start + AT_ONCE]
+            for row in set.intersection(*(set(_unsaid(part.column(column))) for column in said)):
                 bad[start + row] = f"no caption in column {' or '.join(said)}"
+        for row in np.flatnonzero(self.cells.null[picture]).tolist():
+            bad[row] = f"no picture in column {picture}"
         self._problems = [f"{self.cells.name}[{row}]: {what}" for row, what in sorted(bad.items())]
         return set(bad)
 
@@ -235,18 +260,23 @@ def held(row: dict[str, Any], chosen: Chosen, name: str, fetch: Any, wrong: list
     )
 
 
-def _nowhere(column: pa.ChunkedArray) -> Iterator[int]:
-    """Rows without a picture: null, or a record with neither bytes nor a path."""
-    missing = pc.is_null(column)
-    if pa.types.is_struct(column.type):
-        inside = [
-            pc.is_null(pc.struct_field(column, name))
-            for name in ("bytes", "path")
-            if column.type.get_field_index(name) >= 0
-        ]
-        empty = inside[0] if len(inside) == 1 else pc.and_(*inside)
-        missing = pc.or_(missing, empty)
-    return _where(missing)
+def _looked(cells: Any, name: str) -> tuple[Flags, Flags]:
+    """Of each cell whether nothing is there (null, or a record with neither bytes nor a path), and whether
+    it names a file instead of holding bytes; of the bytes none are read."""
+    null, apart = np.zeros(len(cells), bool), np.zeros(len(cells), bool)
+    for start in range(0, len(cells), AT_ONCE):
+        column = cells[start : start + AT_ONCE].column(name)
+        part = slice(start, start + AT_ONCE)
+        null[part] = pc.is_null(column).to_numpy()
+        if not pa.types.is_struct(column.type):
+            continue
+        lacks = {key: np.ones(len(column), bool) for key in ("bytes", "path")}
+        for key in lacks:
+            if column.type.get_field_index(key) >= 0:
+                lacks[key] = pc.is_null(pc.struct_field(column, key)).to_numpy()
+        null[part] |= lacks["bytes"] & lacks["path"]
+        apart[part] = lacks["bytes"] & ~null[part]
+    return null, apart
 
 
 def _unsaid(column: pa.ChunkedArray) -> list[int]:
@@ -257,8 +287,4 @@ def _unsaid(column: pa.ChunkedArray) -> list[int]:
     missing = pc.is_null(column)
     if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
         missing = pc.or_kleene(missing, pc.equal(pc.list_value_length(column), 0))
-    return list(_where(missing))
-
-
-def _where(mask: pa.ChunkedArray) -> Iterator[int]:
-    yield from np.flatnonzero(mask.to_numpy()).tolist()
+    return np.flatnonzero(missing.to_numpy()).tolist()

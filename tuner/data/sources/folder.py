@@ -64,16 +64,16 @@ def open_folder(spec: SourceSpec, say: Say, source: int, index: Path | None = No
     ways = (spec.captions_from, spec.condition_from, spec.mask_from, spec.folder_repeats)
     kept = Kept(index, "folder", str(folder.absolute()), spec.columns.resolved(), *ways)
     found = kept.load()
-    problems: list[str] = []
     faults: list[str] = []
     if found is None or not _holds(folder, found[1]):
-        start = time.time()
+        start, problems = time.time(), list[str]()
         table, tree, told, captions = _read(spec, folder, problems)
         times = _times(spec, folder, tree, faults, told)
-        about: dict[str, Any] = {"told": [line for line in (*told, tree.ignored()) if line], "times": times}
+        said = [line for line in (*told, tree.ignored()) if line]
+        about: dict[str, Any] = {"told": said, "times": times, "problems": problems}
         looked = [Path(name) for name in tree.folders] + [folder / name for name in tree.listings]
         found = (table, about)
-        if captions is not None and not problems + faults:
+        if captions is not None and not faults and not tree.unsettled:
             about |= {"stamps": stamps(looked, start), "captions": captions}
             about["digest"] = digest(str(folder), captions, start)
             if about["stamps"] is not None and about["digest"] is not None:
@@ -86,7 +86,7 @@ def open_folder(spec: SourceSpec, say: Say, source: int, index: Path | None = No
         by_name = {os.fsencode(top): number for top, number in about["times"].items()}
         tops = (name.partition(b"/")[0] for name in table.column("picture").to_pylist())
         samples.repeats *= np.array([by_name.get(top, 1) for top in tops], np.int32)
-    samples._problems, samples._faults = problems, faults
+    samples._problems, samples._faults = about["problems"], faults
     return samples
 
 

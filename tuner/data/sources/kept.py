@@ -15,7 +15,7 @@ import pyarrow as pa
 from tuner.data.blob import file_stamp
 from tuner.export.files import write_whole
 
-VERSION = 2
+VERSION = 3
 """Raised by hand when what an index holds, or how it is found, changes."""
 RECENT = 2.0
 """Seconds after a change in which another may get the same time, on disks that count coarsely."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,8 @@ class Reader:
 
     def _file(self, listing: str) -> None:
         path, before = self.folder / listing, listing.rpartition("/")[0]
-        for where, line in lines(path, self.problems):
+        faulty: list[str] = []
+        for where, line in lines(path, self.problems, self.names["picture"], faulty):
             if not isinstance(line, dict) or not isinstance(line.get(self.names["picture"]), str):
                 self.fields.update(line if isinstance(line, dict) else ())
                 self.problems.append(f"{where}: expected an object with a {self.names['picture']}")
@@ -92,6 +95,8 @@ class Reader:
                 self.problems.append(f"{where}: {'; '.join(wrong)}")
             else:
                 self.rows.add(row)
+        # Their lines are told already.
+        self.listed.update(os.path.normpath(os.path.join(before, name)) for name in faulty)
 
     def _row(self, line: dict[str, Any], before: str, wrong: list[str]) -> Row:
         shown = line[self.names["picture"]]
@@ -133,16 +138,25 @@ class Reader:
         return path
 
 
-def lines(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
+def lines(
+    path: Path, problems: list[str], picture: str = DEFAULTS["picture"], faulty: list[str] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Each line of a listing, .jsonl or .csv: where it is, and what it says; other lines become problems.
+
+    Args:
+        picture: the field with a picture's name.
+        faulty: the pictures that other lines name are added here, as far as that can be seen.
 
     Raises:
         UserError: the file is no UTF-8 text, or no CSV.
     """
-    return _csv(path, problems) if path.suffix == ".csv" else _jsonl(path, problems)
+    named = [] if faulty is None else faulty
+    read = _csv if path.suffix == ".csv" else _jsonl
+    return read(path, problems, picture, named)
 
 
-def _jsonl(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
+def _jsonl(path: Path, problems: list[str], picture: str, faulty: list[str]) -> Iterator[tuple[str, Any]]:
+    named = re.compile(re.escape(json.dumps(picture)) + r'\s*:\s*("(?:[^"\\]|\\.)*")')
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             text = _decoded(path, number, raw)
@@ -152,9 +166,11 @@ def _jsonl(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
                 yield f"{path}:{number}", json.loads(text)
             except json.JSONDecodeError as error:
                 problems.append(f"{path}:{number}: not JSON: {error.msg}")
+                with suppress(json.JSONDecodeError):
+                    faulty += [json.loads(name) for name in named.findall(text)]
 
 
-def _csv(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
+def _csv(path: Path, problems: list[str], picture: str, faulty: list[str]) -> Iterator[tuple[str, Any]]:
     """Empty cells are as if they were not there; weights are numbers, scenes JSON."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
@@ -163,12 +179,14 @@ def _csv(path: Path, problems: list[str]) -> Iterator[tuple[str, Any]]:
                 where = f"{path}:{reader.line_num}"
                 if None in cells or None in cells.values():
                     problems.append(f"{where}: found another number of cells than the first line has columns")
+                    faulty += [cells[picture]] if cells.get(picture) else []
                     continue
                 line: dict[str, Any] = {key: cell for key, cell in cells.items() if cell != ""}
                 try:
                     line |= {key: json.loads(line[key]) for key in ("weight", "scene") if key in line}
                 except json.JSONDecodeError as error:
                     problems.append(f"{where}: weight or scene is no JSON: {error.msg}")
+                    faulty += [cells[picture]] if cells.get(picture) else []
                     continue
                 yield where, line
         except UnicodeDecodeError as error:

@@ -57,7 +57,7 @@ def orphans(tree: Tree) -> str:
 def _beside(folder: Path, tree: Tree, name: str, wrong: list[str]) -> str:
     files = tree.captions.get(stem_of(name), ())
     if len(files) == 1:
-        return _text(f"{folder}/{files[0]}", wrong)
+        return _text(f"{folder}/{files[0]}", tree, wrong)
     if files:
         wrong.append(f"several captions: {' and '.join(sorted(files))}; keep one")
     else:
@@ -66,7 +66,7 @@ def _beside(folder: Path, tree: Tree, name: str, wrong: list[str]) -> str:
     return ""
 
 
-def _text(file: str, wrong: list[str]) -> str:
+def _text(file: str, tree: Tree, wrong: list[str]) -> str:
     try:
         with open(file, "rb", buffering=0) as opened:
             return opened.read().removeprefix(BOM_UTF8).decode().strip().replace("\r\n", "\n")
@@ -74,4 +74,5 @@ def _text(file: str, wrong: list[str]) -> str:
         wrong.append(f"its caption {file}: not UTF-8 text: {error}; save it as UTF-8")
     except OSError as error:
         wrong.append(f"its caption {file}: cannot be read: {error.strerror}")
+        tree.unsettled = True
     return ""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from tuner import counted
 from tuner.data.samples import Sample, Samples, Say, kinds
 from tuner.data.sources.retry import Broken, Patience, retried
 from tuner.data.sources.spec import SourceSpec
+from tuner.disk import writing
 from tuner.errors import UserError
 
 
@@ -26,15 +28,16 @@ class LeftOut:
     A sample that comes again, in the next epoch, is not counted again.
     """
 
-    def __init__(self, allowed: int, say: Say) -> None:
-        self.allowed, self.say = allowed, say
+    def __init__(self, allowed: int, say: Say, listed: Path | None = None) -> None:
+        """`listed`: a file, which may be shared by processes, to which a line is added for each."""
+        self.allowed, self.say, self.listed = allowed, say, listed
         self._problems: set[str] = set()
 
     def __call__(self, problem: str) -> None:
         """Leave one out.
 
         Raises:
-            UserError: more than are allowed.
+            UserError: more than are allowed, or the list cannot be written.
         """
         if problem in self._problems:
             return
@@ -44,6 +47,17 @@ class LeftOut:
             may = f"{self.allowed} may be left out" if self.allowed else "N leaves out as many"
             raise UserError(f"{problem}\n{many}; data.unreadable: {may}")
         self.say(f"left out: {problem}")
+        if self.listed is not None:
+            self._list(self.listed, " ".join(problem.split()))
+
+    def _list(self, place: Path, line: str) -> None:
+        """Add a line, if it is not there: other processes and a run that went on may have met it before."""
+        with writing(place):
+            if place.is_file() and line in place.read_text(encoding="utf-8").splitlines():
+                return
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with place.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{line}\n")
 
 
 class Shards(Protocol):

@@ -180,7 +180,7 @@ def _indexed(
         return found
     say(f"{path}: looking for its samples")
     table, about = _read(path, finding)
-    return (table, about) if about["problems"] + about["faults"] else kept.save(table, about)
+    return (table, about) if about["faults"] else kept.save(table, about)
 
 
 def _read(path: Path, finding: Finding) -> tuple[pa.Table, dict[str, Any]]:

@@ -27,6 +27,7 @@ class Tree:
         broken: pictures that are links to nothing.
         others: files that are none of these.
         folders: all that were looked into, as paths.
+        unsettled: something cannot be read now, and no stamp of these will tell when it can be.
     """
 
     pictures: list[str] = field(default_factory=list)
@@ -36,6 +37,7 @@ class Tree:
     broken: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
+    unsettled: bool = False
 
     def ignored(self) -> str:
         """What is not used, in words; empty where all is."""
@@ -86,6 +88,7 @@ def _scan(folder: str, before: str, tree: Tree, links: tuple[tuple[int, int], ..
                 _file(before + name, name, tree)
             elif entry.is_symlink() and os.path.splitext(name)[1].lower() in PICTURES:
                 tree.broken.append(before + name)
+                tree.unsettled = True
             else:
                 tree.others.append(before + name)  # another link that leads nowhere, a socket
     for below in deeper:
