@@ -155,7 +155,14 @@ def test_a_mistake_is_told(world: Any, capfd: pytest.CaptureFixture[str], area: 
     assert os.path.lexists(world.root / "out") == (str(world.root / "out") in before)
 
 
-@pytest.mark.parametrize("area, case", TABLE.CASES, ids=NAMES)
+EACH = 6  # of the second look at the table, one in so many is taken where slow tests are not asked for
+AGAIN = [
+    pytest.param(*case, id=name, marks=[] if number % EACH == 0 else pytest.mark.slow)
+    for number, (case, name) in enumerate(zip(TABLE.CASES, NAMES, strict=True))
+]
+
+
+@pytest.mark.parametrize("area, case", AGAIN)
 def test_a_check_tells_it_too(world: Any, capfd: pytest.CaptureFixture[str], area: str, case: Any) -> None:
     """Everything here can be known before the first step, and `tuner check` changes nothing either."""
     from tuner.cli import main

@@ -32,6 +32,7 @@ def recorded(place: Path, processes: int, accumulate: int) -> list[tuple[str, st
     return [tuple(s) for batches in zip(*of_rank, strict=True) for batch in batches for s in batch]
 
 
+@pytest.mark.slow
 def test_one_process_then_two_then_one(new_run: Any, tmp_path: Path) -> None:
     alone, divided = new_run("lora", tmp_path / "alone"), new_run("lora", tmp_path / "divided")
     hooks = [["record", str(tmp_path / "whole")]]

@@ -75,7 +75,14 @@ def begin(checkout: Path, script: str, ready: int, *arguments: str, **more: str)
     env |= {"TOLD": str(checkout / "told.txt"), "PATH": f"{checkout / 'bin'}:{os.environ['PATH']}", **more}
     command = ["bash", str(checkout / "launch" / script), *arguments]
     running = subprocess.Popen(
-        command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        # Tests that were started in the background ignore Ctrl-C, and no shell below them could trap it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 60
     while told(checkout).count("ready recipe.yaml key=1") < ready and time.monotonic() < until:

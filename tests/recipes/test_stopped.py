@@ -76,7 +76,12 @@ def interrupt(command: list[str], number: int, ready: Callable[[], bool]) -> tup
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+    "number, code",
+    [
+        (signal.SIGTERM, 0),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
+    ],
 )
 def test_a_stopped_run_ends_as_one_that_was_not(
     tiny: Any, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, code: int
