@@ -12,11 +12,8 @@ printed, and all of it is written to FOLDER/figures.json.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import io
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,44 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from tiny import ROOT, base, draw, status
+
 POINTS = 20  # of memory in an epoch
-
-
-def draw(place: Path, count: int) -> None:
-    """Pictures with a metadata.jsonl, where they are not there yet."""
-    import numpy as np
-    from PIL import Image
-
-    done = place.with_name(f"{place.name}.done")
-    if done.exists():
-        return
-    print(f"drawing {count} pictures: {place}", flush=True)
-    lines = []
-    for number in range(count):
-        folder = f"{number // 1000:04d}"
-        (place / folder).mkdir(parents=True, exist_ok=True)
-        pixels = np.zeros((32, 32, 3), np.uint8)
-        pixels[number % 29 :, : number // 29 % 31 + 1] = (number >> 16, number >> 8 & 255, number & 255)
-        data = io.BytesIO()
-        Image.fromarray(pixels).save(data, "PNG", compress_level=1)
-        name = f"{folder}/{number:06d}.png"
-        (place / name).write_bytes(data.getvalue())
-        lines.append(json.dumps({"file_name": name, "text": f"caption {number}"}))
-    (place / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    done.touch()
-
-
-def base(place: Path) -> None:
-    """The tests' tiny base."""
-    if place.exists():
-        return
-    spec = importlib.util.spec_from_file_location("tuner_tiny_models", ROOT / "tests" / "models.py")
-    assert spec is not None and spec.loader is not None
-    models = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = models
-    spec.loader.exec_module(models)
-    models.tiny_sd1(place)
 
 
 def recipe(folder: Path, count: int, cached: bool, workers: int, **more: Any) -> Any:
@@ -130,7 +92,7 @@ def begin(folder: Path, count: int, cached: bool, workers: int) -> tuple[Any, An
         "cpu_s": time.process_time() - processor,
         "imported_mib": before,
         "started_mib": everyone(),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": status("VmHWM"),
     }
     return made, batches, asked, figures
 

@@ -4,43 +4,71 @@
 # What it is told by the environment:
 #   PROCESSES    training processes on this machine; if absent one for each GPU, or one
 #   NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   with several machines: the same command on each of them
+#   RESTARTS     so many times the processes of all machines start again, from their newest checkpoint, when
+#                one was lost, or a machine, which comes back by the same command; NODE_RANK may be absent then
+#   RUN_ID       tells this run from others at the same MASTER_ADDR:MASTER_PORT, where RESTARTS is given
+#   UNFINISHED   the exit code of a run that was stopped before its end, on every machine; 0 if absent
 #   WAIT         seconds that a stopped run may take for its step and its checkpoint; 600 if absent
 #   SETUP=no     skips launch/setup.sh
 # TERM, USR1, HUP and Ctrl-C are handed on to the training processes, which save and end.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+fail() { printf 'train: %s\n' "$*" >&2; exit 2; }
 if (($# == 0)); then
-  printf 'train: no recipe; expected: bash launch/train.sh RECIPE [KEY=VALUE ...]\n' >&2
-  exit 2
+  fail 'no recipe; expected: bash launch/train.sh RECIPE [KEY=VALUE ...]'
 fi
+for name in NODES PROCESSES RESTARTS UNFINISHED WAIT; do
+  if [[ -n ${!name:-} && ! ${!name} =~ ^[0-9]+$ ]]; then
+    fail "$name: found ${!name}; expected a whole number"
+  fi
+done
 if [[ ${SETUP:-} != no ]]; then
   bash launch/setup.sh
 fi
 
 nodes=${NODES:-1}
+restarts=${RESTARTS:-0}
+node=${NODE_RANK:-${SLURM_NODEID:-}}
 processes=${PROCESSES:-$(.venv/bin/python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 together=$((nodes * processes))
 # torchrun kills its processes so many seconds after a signal of its own; 30 may be too few for a step.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${WAIT:-600}"
-if ((together == 1)); then
+torchrun=(.venv/bin/torchrun --nproc_per_node "$processes")
+if ((together == 1 && restarts == 0)); then
   command=(.venv/bin/python)
 elif ((nodes == 1)); then
-  command=(.venv/bin/torchrun --standalone --nproc_per_node "$processes")
+  command=("${torchrun[@]}" --standalone)
 else
   : "${MASTER_ADDR:?is the name of the first machine; it must be set where NODES is above 1}"
-  command=(.venv/bin/torchrun --nproc_per_node "$processes" --nnodes "$nodes"
-    --node_rank "${NODE_RANK:-${SLURM_NODEID:?NODE_RANK is missing: 0 on the first machine}}"
-    --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+  command=("${torchrun[@]}" --nnodes "$nodes")
+  if ((restarts)); then
+    # Else torchrun (2.13) does not tell a machine that comes later where the first one is, and all of them end.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    command+=(--rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}"
+      --rdzv_id "${RUN_ID:-${SLURM_JOB_ID:-tuner}}")
+    if [[ -n $node ]]; then # else torchrun looks whether MASTER_ADDR is a name of its own, which may mislead it
+      command+=(--rdzv_conf "is_host=$((node == 0 ? 1 : 0))")
+    fi
+  else
+    command+=(--node_rank "${node:?NODE_RANK is missing: 0 on the first machine}"
+      --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}")
+  fi
+fi
+if ((restarts)); then
+  command+=(--max_restarts "$restarts")
 fi
 
 # A group of its own: a terminal's Ctrl-C comes to this script alone.
 set -m
-"${command[@]}" tuner/train.py "$@" &
+(
+  trap '' USR1 # which Slurm may send to every process of a job: torchrun would die of it
+  exec "${command[@]}" tuner/train.py "$@"
+) &
 launcher=$!
 set +m
 
 trainers() { # the processes of this machine that train, once all are there
-  if ((together == 1)); then
+  if [[ ${command[0]} == *python ]]; then
     printf '%s\n' "$launcher"
     return
   fi
@@ -66,12 +94,26 @@ PY
 
 asked=
 forward() {
+  local send=$1 pids=() until=$((SECONDS + 60))
+  if ((restarts)) && [[ $1 == INT ]]; then
+    send=TERM # a process that ends by Ctrl-C has failed for torchrun, which would start it again
+    if [[ $asked == INT ]]; then
+      send=KILL
+    fi
+  fi
   asked=$1
-  local pids=()
   while kill -0 "$launcher" 2>/dev/null; do
     mapfile -t pids < <(trainers)
+    if [[ $send == KILL ]]; then
+      kill -s KILL "$launcher" "${pids[@]}" 2>/dev/null || true
+      break
+    fi
     if ((${#pids[@]})); then
-      kill -s "$1" "${pids[@]}" 2>/dev/null || true
+      kill -s "$send" "${pids[@]}" 2>/dev/null || true
+      break
+    fi
+    if ((SECONDS > until)); then # torchrun still waits for other machines: there is nothing to save
+      kill -s TERM "$launcher" 2>/dev/null || true
       break
     fi
     sleep 0.2
@@ -80,6 +122,18 @@ forward() {
 trap 'forward TERM' TERM HUP
 trap 'forward USR1' USR1
 trap 'forward INT' INT
+
+finished() { # whether the run came to its end; the trainers agree on stopping, so that each machine has to ask
+  .venv/bin/python - "$@" <<'PY'
+import sys
+from pathlib import Path
+
+from tuner.recipe import load
+from tuner.resume import DONE
+
+sys.exit(not (Path(load(Path(sys.argv[1]), sys.argv[2:]).output) / DONE).exists())
+PY
+}
 
 status=0
 while :; do
@@ -99,5 +153,9 @@ if [[ -n $asked ]]; then
   if [[ $asked == INT ]]; then
     exit 130 # torchrun makes 1 of it
   fi
+fi
+if ((status == 0)) && [[ -n ${UNFINISHED:-} ]] && ! finished "$@"; then
+  printf 'train: the run was stopped before its end; exit code %s, so that it is started again\n' "$UNFINISHED" >&2
+  status=$UNFINISHED
 fi
 exit "$status"

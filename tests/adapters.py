@@ -76,7 +76,7 @@ def spelled(base: Base, modules: Mapping[str, LoraModule], *spellings: Spelling)
     original, tensors = cldm.unet_names(base.unet), {}
     for spelling in spellings:
         for path, module in modules.items():
-            if (name := spelling.spell(path, base, original)) is not None:
+            if (name := spelling.spell(path, base.family, original)) is not None:
                 tensors |= {f"{name}.lora_down.weight": module.down, f"{name}.lora_up.weight": module.up}
     return tensors
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 import tuner.families
-from tuner import hub, single_file
+from tuner import hub, quantised, single_file
 from tuner.components import config_of
 from tuner.data.cache import Hashes
 from tuner.errors import UserError
@@ -108,15 +105,14 @@ def check_options(options: Options, needs: Sequence[str]) -> None:
         return
     if not {"unet", "text_encoder"} & set(needs):
         raise UserError(f"base.quantise: has no effect: this run loads {reads} only")
-    if not torch.cuda.is_available():
+    try:
+        quantised.library()
+    # A build for another CUDA fails to load its binary in one of these ways.
+    except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
-            f"base.quantise: {options.quantise} needs a CUDA GPU, and torch sees none here; set it to null"
-        )
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"base.quantise: {options.quantise} needs bitsandbytes, which is not installed here: "
-            "pip install 'tuner[gpu]'"
-        )
+            f"base.quantise: {options.quantise} needs bitsandbytes, which cannot be used here ({error}): "
+            "pip install 'tuner[gpu]', or set it to null"
+        ) from error
 
 
 def recognise(folder: Path) -> str:

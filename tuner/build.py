@@ -13,7 +13,20 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
-from tuner import __version__, base, device, gather, loop, memory, resume, verify
+from tuner import (
+    __version__,
+    attention,
+    base,
+    compiling,
+    device,
+    gather,
+    loop,
+    memory,
+    resume,
+    rounding,
+    sharding,
+    verify,
+)
 from tuner.data.cache import Hashes, default_folder
 from tuner.data.conditions import Condition, parameters
 from tuner.data.flow import Flow
@@ -29,6 +42,7 @@ from tuner.objective import Objective
 from tuner.progress import say
 from tuner.recipe import Recipe, micro_batch
 from tuner.task import Task
+from tuner.text import WINDOW
 
 VERSIONS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
@@ -36,21 +50,40 @@ VERSIONS = ("torch", "diffusers", "transformers", "peft", "accelerate", "safeten
 def build(recipe: Recipe, accelerator: Accelerator) -> loop.Run:
     """Everything a run needs before its first step."""
     micro_batch(recipe, accelerator.num_processes)
+    check_rounded(recipe, accelerator)
     memory.admit(recipe, accelerator)
     hashes = remembered(recipe)
     task = adapted(recipe, accelerator, hashes)
     family, methods = task.family, task.each()
+    if device.sharding() is not None and accelerator.num_processes > 1:
+        sharding.check(family, methods, recipe.train, str(accelerator.mixed_precision))
     loop.build_optimiser(methods, recipe.train)  # now, because a mistake is told before anything is written
 
     wanted = gather.wanted(recipe, task, accelerator)
     gathered = gather.gather(recipe, task, wanted, accelerator)
     heldout = gather.heldout(recipe, task, wanted, accelerator)
     if accelerator.mixed_precision != "no":
-        # All of a network of which a part is trained stays in float32.
-        family.cast(device.DTYPES[accelerator.mixed_precision], task.parameters())
+        # All of a network of which a part is trained stays in float32, if that part does.
+        kept = task.parameters() if recipe.train.trained_precision == "fp32" else ()
+        family.cast(device.DTYPES[accelerator.mixed_precision], kept)
+    if accelerator.device.type == "cuda":
+        _arrange(recipe, family, methods, accelerator)
     run = joined(recipe, accelerator, task, gathered, heldout, hashes)
     _announce(recipe, family, task, gathered.plan, run.steps, accelerator)
     return run
+
+
+def _arrange(recipe: Recipe, family: Family, methods: list[Method], accelerator: Accelerator) -> None:
+    """Lay the networks out, and choose among kernels, for the GPU that they are on."""
+    if device.sharding() is None or accelerator.num_processes == 1:  # what is parted has to be contiguous
+        compiling.layout(family, methods, accelerator.device.type)
+    unet = family.modules().get("unet")
+    if unet is None or recipe.train.deterministic:
+        return
+    found = attention.shapes(unet, recipe.data.side // family.factor, WINDOW * recipe.base.windows)
+    size = micro_batch(recipe, accelerator.num_processes)
+    precision = device.DTYPES.get(accelerator.mixed_precision, torch.float32)
+    say(attention.settle(found, attention.timed(size, precision, accelerator.device)))
 
 
 def joined(
@@ -123,8 +156,12 @@ def adapted(recipe: Recipe, accelerator: Accelerator, hashes: Hashes) -> Task:
         memory.switch_on(family, methods)
     check_size(recipe, family)
     check_uses(recipe, methods)
+    compiling.check(recipe.train.compile, family, methods, accelerator)
     verify.check_names(recipe.name, family, methods)
-    return Task(family, methods, make_objective(recipe, family)).to(accelerator.device)
+    task = Task(family, methods, make_objective(recipe, family)).to(accelerator.device)
+    if recipe.train.trained_precision == "bf16":
+        rounding.narrow(task.trained())
+    return task
 
 
 def origins(task: Task, hashes: Hashes) -> dict[str, Any]:
@@ -177,7 +214,10 @@ def base_options(recipe: Recipe, accelerator: Accelerator, kinds: Mapping[str, t
     """How the recipe wants the base."""
     about = recipe.base
     precision = device.DTYPES.get(accelerator.mixed_precision, torch.float32)
-    exact = {part for name, kind in kinds.items() for part in kind.exact(recipe.method[name])}
+    narrow = {"full"} if recipe.train.trained_precision == "bf16" else set()
+    exact = {
+        part for name, kind in kinds.items() if name not in narrow for part in kind.exact(recipe.method[name])
+    }
     branch = recipe.method.get("controlnet")
     if any(getattr(branch, key, None) is not None for key in ("unlock_decoder_at", "rank")):
         exact.add("unet")  # its decoder is trained, or its weights are a part of the branch
@@ -203,6 +243,14 @@ def check_quantised(recipe: Recipe, needs: list[str], trained: set[str]) -> None
             f"base.quantise: method {names} trains the {' and the '.join(own)} itself, "
             "which must keep its precision; set it to null"
         )
+
+
+def check_rounded(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Raises UserError where weights would be held in bfloat16 that cannot be."""
+    if recipe.train.trained_precision == "bf16":
+        parted = device.sharding() is not None and accelerator.num_processes > 1
+        name = recipe.train.optimiser.name
+        rounding.check(name, list(recipe.method), str(accelerator.mixed_precision), parted)
 
 
 def check_size(recipe: Recipe, family: Family) -> None:

@@ -9,7 +9,7 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from tuner import processes, shard_files
 from tuner.disk import DiskError, writing
 from tuner.ema import Ema
 from tuner.errors import UserError
@@ -54,6 +56,7 @@ class State:
     recipe: dict[str, Any]  # all of it; empty in checkpoints of earlier code
 
 
+@processes.patient()
 def write(
     output: Path,
     step: int,
@@ -64,56 +67,94 @@ def write(
 ) -> None:
     """Write OUTPUT/checkpoints/step-N beside, flushed and renamed; take away old ones as the recipe says.
 
+    The main process does it alone, but for what is parted among the processes: each of them writes its part.
+
     Raises:
         DiskError: it cannot be written; the checkpoints before it are as they were.
     """
+    root = output / FOLDER
+    place = root / f"step-{step:07d}"
+    beside = root / f".{place.name}.writing"
+    trained, state = _contents(parts)
+    parted = shard_files.take(trained, state)
+    about = {"step": step, "fingerprint": dict(fingerprint), "recipe": recipe.resolved()}
+
+    def finish() -> None:
+        _fill(beside, place, trained, state)
+        _complete(beside, place, about)
+        with writing(root):
+            for old in _old(output, recipe.train.checkpoint):
+                shutil.rmtree(old)
+
+    steps = [lambda: _begin(place, beside), finish]
+    try:
+        if parted:
+            _agreed(steps[:1], accelerator)
+            _agreed([lambda: shard_files.write(beside / shard_files.FOLDER, parted)], accelerator, every=True)
+            _agreed(steps[1:], accelerator)
+        else:
+            _agreed(steps, accelerator)
+    except UserError:
+        if accelerator.is_main_process:
+            shutil.rmtree(beside, ignore_errors=True)  # half of it helps nobody and takes room
+        raise
+
+
+def _agreed(steps: Sequence[Callable[[], None]], accelerator: Accelerator, every: bool = False) -> None:
+    """Do what the main process has to do, or every one; where it fails on one of them, it fails on all.
+
+    Raises:
+        DiskError: on the process that could not write.
+        UserError: on the others.
+    """
     failed: UserError | None = None
-    if accelerator.is_main_process:
+    if every or accelerator.is_main_process:
         try:
-            _write(output, step, parts, fingerprint, recipe)
+            for step in steps:
+                step()
         except DiskError as error:
             failed = error
     if accelerator.num_processes > 1:  # none waits for one that has ended
         count = torch.tensor(0 if failed is None else 1, device=accelerator.device)
         if bool(accelerator.reduce(count, "sum")):
-            failed = failed or UserError("the main process could not write the checkpoint")
+            who = "a process" if every else "the main process"
+            failed = failed or UserError(f"{who} could not write the checkpoint")
     if failed is not None:
         raise failed
 
 
-def _write(output: Path, step: int, parts: Parts, fingerprint: Mapping[str, Any], recipe: Recipe) -> None:
-    root = output / FOLDER
+def _begin(place: Path, beside: Path) -> None:
+    """An empty folder beside the place, and nothing of earlier attempts."""
+    root = place.parent
     _recover(root)
-    place = root / f"step-{step:07d}"
-    beside = root / f".{place.name}.writing"
     with writing(place):
         for torn in root.glob(".step-*.writing"):
             shutil.rmtree(torn)
         beside.mkdir(parents=True)
-    try:
-        _fill(beside, place, parts)
-        files = {file.name: _sha256(file) for file in sorted(beside.iterdir())}
-        about = {"step": step, "fingerprint": dict(fingerprint), "recipe": recipe.resolved()}
-        manifest = json.loads(json.dumps({**about, "written": int(time.time()), "files": files}))
-        text = json.dumps({**manifest, "digest": _digest(manifest)}, indent=2, sort_keys=True)
-        with writing(place / MANIFEST):
-            (beside / MANIFEST).write_text(text, encoding="utf-8")
-        with writing(place):
-            for file in beside.iterdir():
-                _flush(file)
-            _flush(beside)
-            aside = root / f".{place.name}.old"
-            if place.exists():
-                place.rename(aside)
-            beside.rename(place)
-            _flush(root)
-            shutil.rmtree(aside, ignore_errors=True)
-    except DiskError:
-        shutil.rmtree(beside, ignore_errors=True)  # half of it helps nobody and takes room
-        raise
-    with writing(root):
-        for old in _old(output, recipe.train.checkpoint):
-            shutil.rmtree(old)
+
+
+def _complete(beside: Path, place: Path, about: Mapping[str, Any]) -> None:
+    """Write the manifest of the files in `beside`, flush them, and put the folder in its place."""
+    root = place.parent
+    files = {file.relative_to(beside).as_posix(): _sha256(file) for file in _files(beside)}
+    manifest = json.loads(json.dumps({**about, "written": int(time.time()), "files": files}))
+    text = json.dumps({**manifest, "digest": _digest(manifest)}, indent=2, sort_keys=True)
+    with writing(place / MANIFEST):
+        (beside / MANIFEST).write_text(text, encoding="utf-8")
+    with writing(place):
+        for file in [*_files(beside), *(one for one in beside.iterdir() if one.is_dir())]:
+            _flush(file)
+        _flush(beside)
+        aside = root / f".{place.name}.old"
+        if place.exists():
+            place.rename(aside)
+        beside.rename(place)
+        _flush(root)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
 def _recover(root: Path) -> None:
@@ -127,21 +168,27 @@ def _recover(root: Path) -> None:
                 aside.rename(place)
 
 
-def _fill(folder: Path, place: Path, parts: Parts) -> None:
-    """The files of a checkpoint into `folder`, which becomes `place`."""
-    trained = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.task.tensors().items()}
-    with writing(place / TRAINED):
-        save_file(trained, folder / TRAINED)
-    state = {
-        "optimiser": parts.optimiser.state_dict(),
+def _contents(parts: Parts) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint holds: the trained tensors, and the state of everything else."""
+    optimiser = parts.optimiser.state_dict()
+    kept = {number: dict(one) if isinstance(one, dict) else one for number, one in optimiser["state"].items()}
+    return parts.task.tensors(), {
+        "optimiser": {**optimiser, "state": kept},
         "schedule": parts.schedule.state_dict(),
         "ema": None if parts.ema is None else parts.ema.state_dict(),
         "scaler": None if parts.scaler is None else parts.scaler.state_dict(),
         "guard": None if parts.guard is None else parts.guard.state_dict(),
     }
+
+
+def _fill(folder: Path, place: Path, trained: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """The files of a checkpoint into `folder`, which becomes `place`."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in trained.items()}
+    with writing(place / TRAINED):
+        save_file(whole, folder / TRAINED)
     # Through a file of Python's own: torch's says less of what went wrong.
     with writing(place / STATE), (folder / STATE).open("wb") as file:
-        torch.save(state, file)
+        torch.save(dict(state), file)
 
 
 def _old(output: Path, asked: Checkpoint) -> Iterator[Path]:
@@ -187,6 +234,24 @@ def newest(output: Path) -> State | None:
     return None
 
 
+def agreed(find: Callable[[], State | None]) -> State | None:
+    """The checkpoint that the first process finds, which all others then see, too; all have to call it.
+
+    Raises:
+        UserError: on all of them, where some do not see it, or `find` raises one.
+    """
+    state = processes.as_first(find)
+    seen = processes.everyone(state is None or processes.until(lambda: at(state.folder) == state))
+    if state is not None and not all(seen):
+        blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise UserError(
+            f"{state.folder}: process 0 would continue from it, and of {len(seen)} processes these see none, "
+            f"or another: {blind}. The output must lie on a file system that all machines share: put it "
+            "there, checkpoints too, or start on the machine alone that has them."
+        )
+    return state
+
+
 def steps(output: Path) -> list[int]:
     """The steps that an output folder has checkpoints of, in their order, damaged ones too."""
     return sorted(_step(folder) for folder in _folders(output))
@@ -212,7 +277,8 @@ def at(folder: Path) -> State | None:
 
 def _is_manifest(found: dict[str, Any]) -> bool:
     """Whether a manifest is what was written; those of earlier code have no digest of their own."""
-    if found["files"].keys() != {TRAINED, STATE}:
+    parted = {name for name in found["files"] if name.startswith(f"{shard_files.FOLDER}/")}
+    if found["files"].keys() - parted != {TRAINED, STATE}:
         return False
     if "digest" not in found:
         return found.keys() == {"step", "fingerprint", "files"}
@@ -243,22 +309,46 @@ def _flat(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def restore(state: State, parts: Parts) -> int:
-    """Put a checkpoint's state into a run's parts; returns the steps done.
+def read(
+    state: State, alike: Mapping[str, Tensor] | None = None, lazy: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint holds: the trained tensors by name, and the state of everything else.
 
     Nothing in it is run: state.pt may hold tensors and plain values only (torch's `weights_only`).
+
+    Args:
+        alike: tensors of the run that continues it, which come parted where these are (shard_files.read).
+        lazy: what is in state.pt is read where it is looked at.
+
+    Raises:
+        UserError: it holds what is no state.
+    """
+    try:
+        saved = torch.load(state.folder / STATE, map_location="cpu", weights_only=True, mmap=lazy)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"{state.folder / STATE}: no state of a run: {str(error).splitlines()[0]}") from error
+    trained = load_file(state.folder / TRAINED)
+    parted = state.folder / shard_files.FOLDER
+    if parted.is_dir():
+        shard_files.put(shard_files.read(parted, alike or {}), trained, saved)
+    return trained, saved
+
+
+def restore(state: State, parts: Parts) -> int:
+    """Put a checkpoint's state into a run's parts, also one that parts its networks otherwise.
+
+    Returns:
+        The steps done.
 
     Raises:
         UserError: the checkpoint was made with other options, or holds what is no state.
     """
-    try:
-        saved = torch.load(state.folder / STATE, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise UserError(f"{state.folder / STATE}: no state of a run: {str(error).splitlines()[0]}") from error
-    parts.task.load_tensors(load_file(state.folder / TRAINED))
+    trained, saved = read(state, (alike := _alike(parts)))
     for name, part in (("ema", parts.ema), ("scaler", parts.scaler)):
         if (saved[name] is None) != (part is None):
             raise UserError(f"{state.folder}: it was made {'without' if part is not None else 'with'} {name}")
+    shard_files.part(alike, trained, saved)
+    parts.task.load_tensors(trained)
     parts.optimiser.load_state_dict(saved["optimiser"])
     parts.schedule.load_state_dict(saved["schedule"])
     if parts.ema is not None:
@@ -268,6 +358,14 @@ def restore(state: State, parts: Parts) -> int:
     if parts.guard is not None and saved.get("guard") is not None:
         parts.guard.load_state_dict(saved["guard"])
     return state.step
+
+
+def _alike(parts: Parts) -> dict[str, Tensor]:
+    """The trained tensors by the names that shard_files gives them and what belongs to each."""
+    named = parts.task.tensors()
+    found = {f"{place}/{name}": tensor for name, tensor in named.items() for place in ("trained", "ema")}
+    ordered = [parameter for group in parts.optimiser.param_groups for parameter in group["params"]]
+    return found | {f"optimiser.{number}/": parameter for number, parameter in enumerate(ordered)}
 
 
 def _folders(output: Path) -> list[Path]:

@@ -308,6 +308,15 @@ app.command("caption")(caption)  # of tuner.captioning.asked.Asked
 app.command("check")(check)  # of tuner.check.asked.Asked
 
 
+def _speaks(mistake: str) -> bool:
+    """Every process of a torchrun finds the same mistake, and one tells it; what one finds, it tells."""
+    if "RANK" not in os.environ:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    from tuner import processes
+
+    return processes.first(mistake)
+
+
 def _tell(lines: Sequence[str]) -> None:
     print("\n".join(lines))
 
@@ -321,8 +330,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(None if arguments is None else list(arguments), prog_name="tuner")
     except UserError as error:
-        # Every process of a torchrun finds the same mistake; the first one tells.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if _speaks(str(error)):
             print(error, file=sys.stderr)
         return 2
     except OSError as error:

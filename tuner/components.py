@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from tuner import quantised
 from tuner.errors import UserError
+from tuner.quantised import Scheme
 
 WEIGHTS = "diffusion_pytorch_model"  # how diffusers calls a component's file, without its ending
 GROUP = 2**28
@@ -78,7 +81,7 @@ def _narrowed(name: str, place: Path, dtype: torch.dtype) -> nn.Module | None:
     return network.eval()
 
 
-def _groups(path: Path, dtype: torch.dtype) -> list[list[str]]:
+def _groups(path: Path, dtype: torch.dtype | None = None) -> list[list[str]]:
     """The tensors of a file, about GROUP bytes each time; none where all of them have this type."""
     names = {torch.float16: "F16", torch.bfloat16: "BF16"}
     groups: list[list[str]] = [[]]
@@ -86,7 +89,7 @@ def _groups(path: Path, dtype: torch.dtype) -> list[list[str]]:
     with safe_open(path, framework="pt") as file:
         for key in file.offset_keys():
             about = file.get_slice(key)
-            other |= about.get_dtype() != names.get(dtype)
+            other |= dtype is None or about.get_dtype() != names.get(dtype)
             if size > GROUP:
                 groups, size = [*groups, []], 0
             groups[-1].append(key)
@@ -173,30 +176,66 @@ def tensors(place: Path, names: Collection[str]) -> dict[str, Tensor]:
     return found
 
 
-def load_quantised(name: str, place: Path, scheme: str, compute: torch.dtype) -> nn.Module:
-    """The network with its linear layers stored as `nf4` or `int8` by bitsandbytes, on the GPU.
+def load_quantised(name: str, place: Path, scheme: Scheme, compute: torch.dtype) -> nn.Module:
+    """The network with its linear layers stored as `nf4` or `int8` by bitsandbytes.
 
     nf4: four bits a weight in blocks, the blocks' scales quantised too (QLoRA, arXiv 2305.14314); int8: eight
-    bits, outlying columns in half precision (arXiv 2208.07339). What is not a linear layer has `compute`.
+    bits, outlying inputs in full precision (arXiv 2208.07339). What is not such a layer has `compute`. Where
+    there is a GPU it is quantised, and left, there. One tensor is read at a time.
 
     Raises:
-        UserError: there is no such network, or it does not load.
+        UserError: there is no such network, or its files do not hold it.
     """
-    import diffusers
-    import transformers
+    what, files = _checked(name, place)
+    with init_empty_weights(include_buffers=False):  # a text encoder's positions are in no file
+        network = fresh(name, place, seed=0)
+    paths = set(quantised.replace(network, scheme, compute))
+    wanted = {key for key, _ in network.named_parameters()}
+    wanted |= {key for key in network.state_dict() if key not in wanted}  # and what is no parameter
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = [(file, names) for file in files for names in _groups(file)]
+    for path, names in parts:
+        with safe_open(path, framework="pt") as opened:  # opened anew: what was read is let go of
+            for stored in names:
+                key = next((one for one in _spellings(stored) if one in wanted), None)
+                if key is not None:
+                    place_of, _, last = key.rpartition(".")
+                    stores = place_of in paths and last == "weight"
+                    _put(network, key, opened.get_tensor(stored), (compute, device), stores, what)
+                    wanted.discard(key)
+    if wanted:
+        raise UserError(_missing(what, wanted))
+    return network.requires_grad_(False).eval()
 
-    kind = {"diffusers": diffusers, "transformers": transformers}[KINDS[name][0]].BitsAndBytesConfig
-    config = (
-        kind(load_in_8bit=True)
-        if scheme == "int8"
-        else kind(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        )
-    )
-    return _loaded(name, place, {"torch_dtype": compute, "quantization_config": config})
+
+def _spellings(stored: str) -> tuple[str, ...]:
+    """How a tensor of a file may be called in a network: text encoders' begin with text_model or not."""
+    return stored, stored.removeprefix("text_model."), f"text_model.{stored}"
+
+
+def _put(
+    network: nn.Module,
+    key: str,
+    tensor: Tensor,
+    how: tuple[torch.dtype, torch.device],
+    stores: bool,
+    what: str,
+) -> None:
+    """Put a tensor of a file into its place, in this type, on this device; where it `stores`, quantised."""
+    path, _, name = key.rpartition(".")
+    layer: Any = network.get_submodule(path)
+    held = getattr(layer, name)
+    shape = [layer.out_features, layer.in_features] if stores else list(held.shape)
+    if list(tensor.shape) != shape:
+        found = f"{key} is {list(tensor.shape)}, expected {shape}"
+        raise UserError(f"{what} does not load: {found}; is its config.json its own?")
+    made = tensor.to(how[0], copy=True) if tensor.is_floating_point() else tensor.clone()
+    if stores:
+        quantised.fill(layer, made, how[1])
+    elif isinstance(held, nn.Parameter):
+        setattr(layer, name, nn.Parameter(made.to(how[1]), requires_grad=False))
+    else:
+        setattr(layer, name, made.to(how[1]))
 
 
 def fresh(name: str, place: Path, seed: int) -> nn.Module:
@@ -250,9 +289,14 @@ def _kind(name: str, place: Path) -> Any:
     return getattr({"diffusers": diffusers, "transformers": transformers}[library], class_name)
 
 
-def _loaded(name: str, place: Path, how: dict[str, Any]) -> nn.Module:
-    """The network by its library; nothing but whole safetensors files are read, and none is drawn anew."""
-    kind, stem = _kind(name, place), WEIGHTS if KINDS[name][0] == "diffusers" else "model"
+def _checked(name: str, place: Path) -> tuple[str, list[Path]]:
+    """What a network is called in errors, and its files, whole safetensors ones.
+
+    Raises:
+        UserError: there are none, or they are something else.
+    """
+    _kind(name, place)  # says what is missing
+    stem = WEIGHTS if KINDS[name][0] == "diffusers" else "model"
     what = f"base {place.parent}: the component {name}"
     files = weight_files(place, stem)
     if not files and (pickles := sorted(file.name for file in place.glob(f"{stem.split('_model')[0]}*.bin"))):
@@ -261,6 +305,12 @@ def _loaded(name: str, place: Path, how: dict[str, Any]) -> nn.Module:
         raise UserError(f"{what} does not load: {place} has no {stem}.safetensors; download it again")
     for file in files:
         check_whole(file)
+    return what, files
+
+
+def _loaded(name: str, place: Path, how: dict[str, Any]) -> nn.Module:
+    """The network by its library; nothing but whole safetensors files are read, and none is drawn anew."""
+    kind, (what, _) = _kind(name, place), _checked(name, place)
     try:
         loaded, told = kind.from_pretrained(
             place, use_safetensors=True, local_files_only=True, output_loading_info=True, **how
@@ -268,12 +318,15 @@ def _loaded(name: str, place: Path, how: dict[str, Any]) -> nn.Module:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{what} does not load: {_first(error)}; is its config.json its own?") from error
     if missing := sorted(told["missing_keys"]):
-        raise UserError(
-            f"{what}: {missing[0]} is missing in its weights ({len(missing)} tensors); "
-            "is its config.json its own?"
-        )
+        raise UserError(_missing(what, missing))
     network: nn.Module = loaded
     return network
+
+
+def _missing(what: str, names: Collection[str]) -> str:
+    return (
+        f"{what}: {min(names)} is missing in its weights ({len(names)} tensors); is its config.json its own?"
+    )
 
 
 def _first(error: Exception) -> str:

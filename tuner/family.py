@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from tuner import quantised
 from tuner.text import Text, Tokens
 
 
@@ -100,6 +102,7 @@ class Family(ABC):
     device: torch.device
     title: str
     digests: dict[str, str]
+    _aside: tuple[str, ...] = ()
 
     @abstractmethod
     def modules(self) -> dict[str, nn.Module]:
@@ -205,11 +208,39 @@ class Family(ABC):
         """Paths in a text encoder of the modules whose output nothing reads: adapters there never learn."""
 
     def to(self, device: torch.device) -> None:
-        """Move the networks; bitsandbytes puts what it quantises on the GPU itself."""
+        """Move the networks."""
+        assert not self._aside, "none are waiting elsewhere"
         self.device = device
-        for module in self.modules().values():
-            if not getattr(module, "is_quantized", False):
-                module.to(device)
+        self._put(self.modules(), device)
+
+    def _put(self, names: Iterable[str], device: torch.device) -> None:
+        for name in names:
+            quantised.move(self.modules()[name], device)
+
+    @contextmanager
+    def without(self, names: Iterable[str]) -> Iterator[None]:
+        """Within it these networks wait in main memory, as nothing asks them; `complete` fetches them."""
+        self._aside = tuple(names)
+        self._put_aside()
+        try:
+            yield
+        finally:
+            self._put(self._aside, self.device)
+            self._aside = ()
+
+    @contextmanager
+    def complete(self) -> Iterator[None]:
+        """Within it all networks are on the device."""
+        self._put(self._aside, self.device)
+        try:
+            yield
+        finally:
+            self._put_aside()
+
+    def _put_aside(self) -> None:
+        self._put(self._aside, torch.device("cpu"))
+        if self._aside and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # else it would be kept for tensors of the same sizes
 
     def cast(self, dtype: torch.dtype, trained: Iterable[nn.Parameter]) -> None:
         """Hold what is frozen in a lower precision; the autoencoder and what is trained stay in float32."""

@@ -21,7 +21,7 @@ from tuner.data.caption_block import Captions
 from tuner.data.captions import CaptionRule
 from tuner.data.conditions import Condition
 from tuner.data.flow import Flow
-from tuner.data.index import Memory, Share
+from tuner.data.index import Memory, shared_out
 from tuner.data.loader import Feed
 from tuner.data.noise import Draws
 from tuner.data.passing import Gate
@@ -82,7 +82,7 @@ def wanted(recipe: Recipe, task: Task, accelerator: Accelerator) -> Wanted:
         latents=all(method.CACHES_LATENTS for method in methods),
         text=all(method.CACHES_TEXT for method in methods),
         draws=Draws(**recipe.objective.draws()),
-        share=Share(accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone),
+        share=shared_out(cache(recipe) or default_folder(), accelerator.wait_for_everyone),
         buckets=tuple(buckets_of(about, source, latent) for source in about.source),
         reading=pictures.Reading(about.background, about.alpha, about.max_pixels),
         masks=about.masks,
@@ -369,7 +369,7 @@ def _beside(
     beside = Beside(len(opened.samples), len(classes), about.weight)
     for size in batch_sizes(recipe):
         Plan(opened.repeats, size, recipe.train.seed, beside)
-    prior.draw(about, sampler, classes)
+    prior.draw(about, sampler, classes, asked.share)
     accelerator.wait_for_everyone()
     plain = replace(asked, condition=None, buckets=(), unreadable=0)  # they take the batch's bucket
     more = assemble.look_at(classes, np.ones(len(classes)), plain, memory)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tuner.sharding import local
 from tuner.task import Task
 
 RECENT, WINDOW, ENOUGH = 20, 500, 40
@@ -170,7 +171,7 @@ class Watch:
             return
         each = self.task.trained()
         none = torch.zeros((), dtype=torch.bool, device=each[0].device)
-        seen = torch.stack([none if p.grad is None else (p.grad != 0).any() for p in each])
+        seen = torch.stack([none if p.grad is None else (local(p.grad) != 0).any() for p in each])
         self._seen = seen if self._seen is None else self._seen | seen
 
     def kept(self) -> None:
@@ -211,8 +212,9 @@ class Watch:
     def weights(self, step: int) -> Fault | None:
         """Judge the trained tensors, before they are written."""
         tensors = self.task.tensors()
-        finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
-        wrong = [name for name, is_so in zip(tensors, finite, strict=True) if not is_so]
+        bad = torch.stack([~local(tensor).isfinite().all() for tensor in tensors.values()])
+        found = self.task.anywhere(bad).tolist()
+        wrong = [name for name, is_so in zip(tensors, found, strict=True) if is_so]
         if not wrong:
             return None
         return Fault(step, step, f"trained tensors are not finite: {_few(wrong)}", LOWER + PRECISION)
@@ -246,11 +248,12 @@ class Watch:
         """
         if self._seen is None or self._counted < WITHIN:
             return None
-        seen, self._seen = self._seen.tolist(), None
+        seen, self._seen = self.task.anywhere(self._seen).tolist(), None
         judged = [name for name in self._names if not name.endswith(UNSEEN)]
         dead = [n for n, had in zip(self._names, seen, strict=True) if not had and n in judged]
         free = {n: p for n, p in self.task.named_trained() if n in judged and n not in self._locked}
-        moved = torch.stack([p.any() for p in free.values()]).tolist() if free else []
+        moves = [local(p).any() for p in free.values()]
+        moved = self.task.anywhere(torch.stack(moves)).tolist() if free else []
         still = [name for name, has in zip(free, moved, strict=True) if not has]
         told = [f"{len(still)} trained tensors began as zeros and never moved: {_few(still)}"] * bool(still)
         told += [f"{len(dead)} trained tensors never had a gradient: {_few(dead)}"] * bool(dead)

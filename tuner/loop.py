@@ -13,9 +13,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tuner import checkpoint, counted, mend, optimiser, sample
+from tuner import checkpoint, counted, mend, optimiser, processes, sample
 from tuner.batch import Batch
 from tuner.checkpoint import Parts, State
+from tuner.compiled import Compiling
+from tuner.compiling import align
+from tuner.data import encode
 from tuner.data.flow import EndedError, Flow, batches, begun
 from tuner.data.loader import Division, Feed, Waited
 from tuner.data.plan import Plan, Slot, Stages
@@ -28,8 +31,10 @@ from tuner.log import Log
 from tuner.method import Card, Method
 from tuner.progress import Progress, say
 from tuner.recipe import Recipe
+from tuner.rounding import Rounded
 from tuner.signals import Stop
 from tuner.task import Task
+from tuner.threads import Threads, sound
 from tuner.training import Train
 
 FLUSH = 10
@@ -85,6 +90,8 @@ class Made:
     watch: Watch
     meter: Meter
     previews: sample.Previews | None
+    compiled: Compiling
+    threads: Threads | None  # where micro-batches are computed in parts
 
 
 def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
@@ -98,16 +105,25 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
     """
     made = make(run, log)
     done = 0 if state is None else checkpoint.restore(state, made.parts)
+    align(made.parts.optimiser)
+    earlier = None if state is None else state.fingerprint.get("made with", {}).get("compile")
+    if told := made.compiled.start(earlier):
+        _tell(run, made, done, told)
     if state is None and run.accelerator.is_main_process:
         mend.clear(run.output)
     if state is None and run.recipe.train.guard.policy == "back":
         _keep(run, made, 0)
-    while True:
-        try:
-            finished = _steps(run, made, done, stop)
-            break
-        except Diverged as diverged:
-            done = _mend(run, made, diverged)
+    looked = [run.heldout] if run.heldout is not None and run.recipe.validation.every else []
+    aside = encode.unneeded([run.data, *looked], run.family)
+    if aside and run.accelerator.device.type != "cpu":
+        say(f"{', '.join(aside)}: what they encode is cached, so they wait in main memory")
+    with run.family.without(aside):
+        while True:
+            try:
+                finished = _steps(run, made, done, stop)
+                break
+            except Diverged as diverged:
+                done = _mend(run, made, diverged)
     if finished:
         if made.parts.ema is not None:
             made.parts.ema.keep()
@@ -118,14 +134,15 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
 
 def make(run: Run, log: Log) -> Made:
     recipe, accelerator = run.recipe.train, run.accelerator
+    watch = Watch(run.task, accelerator.scaler, recipe.guard.policy != "off")
+    run.task.share_out(accelerator)
     made = build_optimiser(run.methods, recipe)
     averaging = optimiser.Averaging(made)
     schedule = optimiser.schedule(
         made, recipe.schedule, recipe.warmup, run.steps, **recipe.schedule_options()
     )
     ema = None if recipe.ema is None else Ema(run.task.named_trained(), recipe.ema)
-    task, prepared = accelerator.prepare(run.task, made)
-    watch = Watch(run.task, accelerator.scaler, recipe.guard.policy != "off")
+    task, prepared = run.task.prepared(accelerator, made)
     parts = Parts(run.task, made, schedule, ema, accelerator.scaler, watch)
     meter = Meter(accelerator, log, watch)
     return Made(
@@ -138,7 +155,17 @@ def make(run: Run, log: Log) -> Made:
         watch,
         meter,
         run.previews(),
+        Compiling.of(run.recipe, run.task, run.plan, run.division, accelerator, run.steps),
+        _threads(run, task),
     )
+
+
+def _threads(run: Run, task: nn.Module) -> Threads | None:
+    """What computes micro-batches in parts, where that is sound."""
+    accelerator, again = run.accelerator, run.recipe.train.gradient_checkpointing
+    if again or not sound(run.family, run.methods, accelerator.device, accelerator.num_processes):
+        return None
+    return Threads(task, run.task.trained(), torch.get_num_threads())
 
 
 def _steps(run: Run, made: Made, start: int, stop: Stop) -> bool:
@@ -163,6 +190,7 @@ def _steps(run: Run, made: Made, start: int, stop: Stop) -> bool:
                     _keep(run, made, done - 1)
                 raise
             meter.add(done, {"loss": loss, **figures}, float(parts.schedule.get_last_lr()[0]))
+            processes.brisk()  # the first step, which may wait for data or a compiler, is done
             parts.schedule.step()
             if parts.ema is not None:
                 parts.ema.update(done)
@@ -177,13 +205,17 @@ def _steps(run: Run, made: Made, start: int, stop: Stop) -> bool:
                 or looks(run, done)
             ):
                 meter.flush(progress.images_per_second)
+            if told := made.compiled.tick(done):
+                meter.flush(progress.images_per_second)
+                _tell(run, made, done, told)
             if keeping:
                 meter.check_weights(done)
             progress.update(done, meter.last, run.plan.pictures(done - 1))
             if looks(run, done):
                 with nullcontext() if parts.ema is None else parts.ema.swap(), made.averaging.swap():
                     _settle(run, made)
-                    _look(run, made, done)
+                    with processes.patient(), run.task.whole():
+                        _look(run, made, done)
             if keeping:
                 _keep(run, made, done)
             if stopping and done < run.steps:
@@ -191,6 +223,13 @@ def _steps(run: Run, made: Made, start: int, stop: Stop) -> bool:
     if run.steps - start >= ENOUGH and coming.all() > WAITS:
         say(f"the steps waited {coming.all():.0%} of the time for data: raise data.workers ({run.workers})")
     return True
+
+
+def _tell(run: Run, made: Made, done: int, told: str) -> None:
+    """Say what was decided about compiling; checkpoints have it from now on, too."""
+    run.fingerprint["made with"]["compile"] = made.compiled.state
+    say(told)
+    made.log.event(done, told)
 
 
 def _keep(run: Run, made: Made, done: int) -> None:
@@ -212,9 +251,11 @@ def _mend(run: Run, made: Made, diverged: Diverged) -> int:
     """
     fault, about, watch, main = diverged.fault, run.recipe.train.guard, made.watch, run.accelerator
     times, slowed = watch.times, watch.slowed
-    good = mend.last_good(run.output, fault)
+    good = checkpoint.agreed(lambda: mend.last_good(run.output, fault))
     step = None if good is None else checkpoint.restore(good, made.parts)
-    described = _describe(run, diverged, step) if fault.curable and main.is_main_process else ""
+    align(made.parts.optimiser)
+    with run.task.whole():
+        described = _describe(run, diverged, step) if fault.curable and main.is_main_process else ""
     main.wait_for_everyone()  # all have read the checkpoint, and the batch is written down
     if step is None or not fault.curable or about.policy != "back" or times >= about.times:
         made.log.event(fault.step, f"stopped at step {fault.step}: {fault.what}")
@@ -258,7 +299,8 @@ def build_optimiser(methods: Sequence[Method], recipe: Train) -> torch.optim.Opt
     """
     groups = [group for method in methods for group in method.groups(recipe.learning_rate)]
     try:
-        return optimiser.build(groups, **recipe.optimiser.resolved(), learning_rate=recipe.learning_rate)
+        made = optimiser.build(groups, **recipe.optimiser.resolved(), learning_rate=recipe.learning_rate)
+        return made if recipe.trained_precision == "fp32" else Rounded(made, recipe.seed)
     except optimiser.OptimiserError as error:
         raise UserError(f"train.optimiser: {error}") from error
 
@@ -273,10 +315,14 @@ def one_step(run: Run, made: Made, batches: Iterator[Batch], step: int) -> tuple
     for micro in range(accumulate):
         batch = next(batches).to(accelerator.device)
         counted.seed_libraries(run.recipe.train.seed, step, micro, run.division.rank)
-        with accelerator.no_sync(made.task) if micro + 1 < accumulate else nullcontext():
-            loss, figures = made.task(batch)
-            # DDP takes the mean over processes; the loss is this process's part of the mean over the batch.
-            accelerator.backward(loss * run.division.processes)
+        last = micro + 1 == accumulate
+        with run.task.gathering(made.task, accelerator, last), made.compiled.on(batch):
+            if made.threads is not None and made.compiled.state != "on" and made.threads.fit(batch):
+                loss = made.threads.backward(batch)
+            else:
+                loss, figures = made.task(batch)
+                # DDP takes the mean over processes; the loss is this process's part of the batch's mean.
+                accelerator.backward(loss * run.division.processes)
         total += loss.detach()
     made.watch.gradients()
     for method in run.methods:
@@ -284,7 +330,7 @@ def one_step(run: Run, made: Made, batches: Iterator[Batch], step: int) -> tuple
     made.watch.kept()
     # Without a limit it is measured all the same: a gradient that is not finite is found here first.
     most = math.inf if run.recipe.train.clip is None else run.recipe.train.clip
-    figures["gradient_norm"] = accelerator.clip_grad_norm_(run.task.trained(), most)
+    figures["gradient_norm"] = run.task.clip(accelerator, most)
     made.prepared.step()
     made.prepared.zero_grad()
     for method in run.methods:
@@ -322,14 +368,15 @@ def _look(run: Run, made: Made, done: int) -> None:
     if "validation" in wanted:
         assert run.heldout is not None
         log.scalars(done, {"validation_loss": validate(run, run.heldout)})
-    if run.accelerator.is_main_process:
-        if "preview" in wanted:
-            assert previews is not None
-            pictures = previews.write(run.output / "previews" / f"step-{done:06d}.png")
-            if figures := probe(list(recipe.method), previews.conditions, pictures):
-                log.scalars(done, figures)
-        if "export" in wanted:
-            run.task.export(run.output / "export" / f"step-{done}", run.card)
+    if run.accelerator.is_main_process and {"preview", "export"} & set(wanted):
+        with run.family.complete():
+            if "preview" in wanted:
+                assert previews is not None
+                pictures = previews.write(run.output / "previews" / f"step-{done:06d}.png")
+                if figures := probe(list(recipe.method), previews.conditions, pictures):
+                    log.scalars(done, figures)
+            if "export" in wanted:
+                run.task.export(run.output / "export" / f"step-{done}", run.card)
     run.accelerator.wait_for_everyone()
 
 

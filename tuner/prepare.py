@@ -9,9 +9,10 @@ It goes the way that the run itself goes, so that the run finds everything there
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
-from tuner import build, device, gather
+from tuner import build, device, gather, processes
 from tuner.data.encode import uncached
 from tuner.data.index import UnreadableError
 from tuner.data.loader import Feed
@@ -28,7 +29,7 @@ def prepare(recipe: Recipe) -> int:
     """Encode everything of a recipe that may be cached, and tell what could not be read.
 
     Returns:
-        The exit code: 0, or 130 after Ctrl-C; what was encoded until then is kept.
+        The exit code: 0, 130 after Ctrl-C, or 1 where another process is gone; what was encoded is kept.
 
     Raises:
         UserError: nothing may be cached; samples cannot be used, which are listed in OUTPUT/unreadable.txt.
@@ -49,6 +50,13 @@ def prepare(recipe: Recipe) -> int:
         except (Stopped, KeyboardInterrupt):
             say("stopped; the same command goes on from there")
             return 130 if stop.signal in (None, signal.SIGINT) else 0
+        except RuntimeError as error:
+            if (reason := processes.lost(error)) is None:
+                raise
+            told = f"a process is gone, or cannot be reached ({reason}); the same command goes on from there"
+            if processes.first(told):
+                print(told, file=sys.stderr)
+            return 1
     return 0
 
 

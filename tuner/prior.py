@@ -15,6 +15,7 @@ from PIL import Image
 
 from tuner.data import cache
 from tuner.data.blob import File
+from tuner.data.index import Share
 from tuner.data.samples import Sample
 from tuner.data.sources.tree import PICTURES
 from tuner.errors import UserError
@@ -54,7 +55,7 @@ def samples(prior: Prior, sampler: Sampler, place: Path | None) -> list[Sample]:
     return [Sample(File(picture), (prior.prompt,), fixed=True) for picture in found]
 
 
-def draw(prior: Prior, sampler: Sampler, wanted: Sequence[Sample]) -> None:
+def draw(prior: Prior, sampler: Sampler, wanted: Sequence[Sample], share: Share) -> None:
     """Let the base draw the pictures that are missing; each process draws its share.
 
     Lots are the same however often it was stopped, so that the pictures are. Call it while the methods still
@@ -65,8 +66,7 @@ def draw(prior: Prior, sampler: Sampler, wanted: Sequence[Sample]) -> None:
     places = [sample.picture.path for sample in wanted if isinstance(sample.picture, File)]
     size = pictures_at_once(sampler.size)
     lots = [range(first, min(first + size, len(places))) for first in range(0, len(places), size)]
-    accelerator = sampler.accelerator
-    mine = lots[accelerator.process_index :: accelerator.num_processes]
+    mine = lots[share.rank :: share.processes]
     mine = [lot for lot in mine if not all(places[number].is_file() for number in lot)]
     if mine:
         say(f"drawing class pictures into {places[0].parent}")

@@ -112,7 +112,7 @@ class Recipe(Block):
         is divided), and, where the learning rate is constant, the run's length: a longer run may continue a
         shorter one.
         """
-        flat = dict(_flatten({key: part for key, part in self.resolved().items() if key in _DECISIVE}))
+        flat = dict(flatten({key: part for key, part in self.resolved().items() if key in _DECISIVE}))
         gone = set(MAY_CHANGE)
         if self.train.schedule == "constant":
             gone |= {"train.steps", "train.epochs"}
@@ -130,6 +130,7 @@ MAY_CHANGE = (
     "train.threads",
     "train.accumulate",
     "train.deterministic",
+    "train.compile",
     "train.gradient_checkpointing",
 )
 """Of these what a run that continues may change: the training is the same, but for rounding."""
@@ -139,10 +140,11 @@ def _under(key: str, other: str) -> bool:
     return key == other or key.startswith(other + ".")
 
 
-def _flatten(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a nested mapping by dotted names."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            yield from _flatten(value, f"{before}{key}.")
+            yield from flatten(value, f"{before}{key}.")
         else:
             yield before + key, value
 

@@ -9,9 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
 
 from tuner import build, checkpoint, device, loop, verify
 from tuner import recipe as recipes
@@ -165,9 +163,9 @@ def _check_same(state: State, recipe: Recipe, origins: Mapping[str, Any]) -> Non
 
 def _restore(state: State, task: Task, recipe: Recipe) -> None:
     """Put what was trained into the methods as a run exports it: averaged where it is."""
-    task.load_tensors(load_file(state.folder / "trained.safetensors"))
-    # By mmap, since most of it, the optimiser's state, is read of a schedule-free one alone.
-    saved = torch.load(state.folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    # Lazily, since most of it, the optimiser's state, is read of a schedule-free one alone.
+    trained, saved = checkpoint.read(state, lazy=True)
+    task.load_tensors(trained)
     averaged = saved["ema"] is not None
     if averaged:
         assert recipe.train.ema is not None, "the checkpoint's recipe is this one"

@@ -15,16 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from safetensors import SafetensorError, safe_open
 
-from tuner import log, progress
+from tuner import log, page, progress
 from tuner.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, line_chart, number
 from tuner.errors import UserError
-from tuner.export.files import write_whole
 
 HEAVY = 1_500_000  # bytes; a larger picture is inlined as JPEG
 LONG_SIDE = 2048  # pixels, of a picture inlined as JPEG
@@ -80,16 +78,8 @@ def write(output: Path) -> Path:
     """
     if not output.is_dir():
         raise UserError(f"{output}: no such folder; expected the one that a run wrote to (`output`)")
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = templates.get_template("report.html.j2").render(_contents(output))
-    path = output / "report.html"
-    return write_whole(path, page.encode("utf-8", errors="backslashreplace"))
+    template = Path(__file__).with_name("report.html.j2")
+    return page.write(output / "report.html", template, _contents(output))
 
 
 def _contents(output: Path) -> dict[str, Any]:

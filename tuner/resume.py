@@ -6,22 +6,24 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from tuner import checkpoint, disk, loop
+from tuner import checkpoint, compiling, disk, loop, processes
+from tuner import device as machine
 from tuner.checkpoint import State
 from tuner.errors import UserError
 from tuner.gather import LEFT_OUT
 from tuner.log import FILE as METRICS
 from tuner.progress import say
-from tuner.recipe import MAY_CHANGE, Recipe
+from tuner.recipe import MAY_CHANGE, Recipe, flatten
 
 DONE = "finished.json"
+TOGETHER = "What a run continues from must be seen by all its processes."
 
 
 def circumstances(recipe: Recipe, accelerator: Accelerator, versions: Mapping[str, str]) -> dict[str, Any]:
@@ -33,6 +35,8 @@ def circumstances(recipe: Recipe, accelerator: Accelerator, versions: Mapping[st
         "deterministic": device.type == "cpu" or recipe.train.deterministic,
         "processes": accelerator.num_processes,
         "accumulate": recipe.train.accumulate,
+        "compile": compiling.stated(recipe.train, device.type),
+        "sharded": machine.sharding() is not None and accelerator.num_processes > 1,
         **versions,
     }
 
@@ -57,8 +61,30 @@ def summary(run: loop.Run) -> dict[str, Any]:
     return dict(json.loads(json.dumps(summary)))
 
 
+def check_alike(run: loop.Run) -> None:
+    """See that all processes would train the same: machines may have folders of one name that differ.
+
+    Raises:
+        UserError: on all of them; base, data, versions or code are others.
+    """
+    made = {key: value for key, value in run.fingerprint["made with"].items() if key != "device"}
+    about = {key: value for key, value in run.fingerprint.items() if key not in checkpoint.BESIDES}
+    every = processes.everyone(dict(flatten(json.loads(json.dumps({**about, "made with": made})))))
+    for rank, other in enumerate(every):
+        pairs = {key: (every[0].get(key), other.get(key)) for key in sorted(every[0].keys() | other.keys())}
+        lines = [f"  {key}: {one!r} and {two!r}" for key, (one, two) in pairs.items() if one != two]
+        if lines:
+            told = f"process 0 and process {rank} would train different things:"
+            advice = "All machines need the same base, data, versions and code."
+            raise UserError("\n".join([told, *lines, advice]))
+
+
 def finished(run: loop.Run) -> bool:
-    """Whether the output holds this run, finished, and no new start is asked for."""
+    """Whether the output holds this run, finished, and no new start is asked for; the first process looks."""
+    return processes.as_first(lambda: _finished(run))
+
+
+def _finished(run: loop.Run) -> bool:
     place = run.output / DONE
     if run.recipe.train.resume == "never" or not place.is_file():
         return False
@@ -70,11 +96,15 @@ def finished(run: loop.Run) -> bool:
 
 
 def start_from(run: loop.Run) -> State | None:
-    """The checkpoint that the run continues from.
+    """The checkpoint that the run continues from, the same on all processes.
 
     Raises:
-        UserError: the output holds another run.
+        UserError: the output holds another run; not all processes see it.
     """
+    return checkpoint.agreed(lambda: _start_from(run))
+
+
+def _start_from(run: loop.Run) -> State | None:
     asked = run.recipe.train.resume
     if asked == "never":
         return None
@@ -128,7 +158,7 @@ def _named(run: loop.Run, asked: Path) -> State:
 def _changed(state: State, recipe: Recipe) -> list[str]:
     """The recipe's keys that are others than the checkpoint's although the training is the same."""
     decisive = recipe.decisive()
-    old, new = dict(_flat(state.recipe)), dict(_flat(json.loads(json.dumps(recipe.resolved()))))
+    old, new = dict(flatten(state.recipe)), dict(flatten(json.loads(json.dumps(recipe.resolved()))))
     if not old:
         return []
     return [
@@ -138,17 +168,11 @@ def _changed(state: State, recipe: Recipe) -> list[str]:
     ]
 
 
-def _flat(tree: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield before + key, value
-
-
 def promise(state: State, fingerprint: Mapping[str, Any]) -> list[str]:
     """What is equal to a run that was never stopped: all of it, bit for bit, or why only up to rounding."""
     old, new = ({**f.get("made with", {}), "threads": f["threads"]} for f in (state.fingerprint, fingerprint))
+    if new["compile"] == "auto":  # what was decided then is done again
+        new["compile"] = old.get("compile")
     reasons = []
     if old.get("code") != new["code"]:
         reasons.append("the code of tuner is another")
@@ -212,8 +236,12 @@ def check_room(run: loop.Run, state: State | None) -> None:
     """See that checkpoints and exports will fit on the disk, before the first step.
 
     Raises:
-        UserError: they will not.
+        UserError: they will not; on all processes, of which the first one writes.
     """
+    processes.as_first(lambda: _check_room(run, state))
+
+
+def _check_room(run: loop.Run, state: State | None) -> None:
     one, export = checkpoint_size(run, state), export_size(run)
     asked = run.recipe.train.checkpoint
     written = 1 if asked.every is None else -(-run.steps // asked.every)
@@ -233,7 +261,7 @@ def check_room(run: loop.Run, state: State | None) -> None:
 def checkpoint_size(run: loop.Run, state: State | None = None) -> int:
     """Bytes of one checkpoint: as the one there is, or counted from what is trained."""
     if state is not None:
-        return sum(file.stat().st_size for file in state.folder.iterdir())
+        return sum(file.stat().st_size for file in state.folder.rglob("*") if file.is_file())
     recipe = run.recipe.train
     trained = sum(tensor.numel() * tensor.element_size() for tensor in run.task.tensors().values())
     name = recipe.optimiser.name.lower()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from tuner import build, device, disk, loop, memory, report, resume, sample, surroundings, verify
+from tuner import build, device, disk, loop, memory, processes, report, resume, sample, surroundings, verify
 from tuner.disk import DiskError
 from tuner.errors import UserError
 from tuner.evaluate.measures import Look, measure, weights
@@ -28,7 +29,7 @@ def train(recipe: Recipe) -> int:
 
     Returns:
         The exit code: 0, also after SIGTERM or SIGUSR1, or 130 after Ctrl-C; while it trains a checkpoint is
-        written then.
+        written then. 1 where another process of the run is gone.
 
     Raises:
         UserError: what the user can mend.
@@ -54,6 +55,8 @@ def train(recipe: Recipe) -> int:
         except RuntimeError as error:
             if stop.signal is not None:  # the processes that it talked to have stopped
                 return _stopped(recipe, stop)
+            if (reason := processes.lost(error)) is not None:
+                return _alone(recipe, reason)
             if "deterministic" not in str(error) or not recipe.train.deterministic:
                 raise
             raise UserError(f"train.deterministic: {str(error).splitlines()[0]}; set false") from error
@@ -63,6 +66,14 @@ def _stopped(recipe: Recipe, stop: Stop) -> int:
     """Say how a run that was asked to stop goes on; its exit code."""
     say(f"stopped. {resume.kept(Path(recipe.output))}{_anew(recipe)}")
     return 130 if stop.signal == signal.SIGINT else 0
+
+
+def _alone(recipe: Recipe, reason: str) -> int:
+    """Say how a run goes on of which a process is gone; 1, so that torchrun starts it again if it may."""
+    if processes.first("alone"):
+        kept = f"{resume.kept(Path(recipe.output))}{_anew(recipe)}"
+        print(f"a process of this run is gone, or cannot be reached ({reason}). {kept}", file=sys.stderr)
+    return 1
 
 
 def _anew(recipe: Recipe) -> str:
@@ -79,6 +90,7 @@ def _train(recipe: Recipe, stop: Stop) -> int:
         accelerator = device.start(about.precision, about.threads, about.deterministic)
         run = build.build(recipe, accelerator)
         output = run.output
+        resume.check_alike(run)
         if resume.finished(run):
             say(
                 f"{output}: finished before with this recipe, base and data; nothing to do. "
@@ -93,12 +105,14 @@ def _train(recipe: Recipe, stop: Stop) -> int:
             write_whole(output / "versions.json", json.dumps(build.versions(), indent=2))
             if run.data.left_out:
                 write_whole(output / "left_out.txt", "\n".join(run.data.left_out) + "\n")
+        processes.check_same_folder(output, "output", resume.TOGETHER)
         accelerator.wait_for_everyone()
     done_before = None if state is None else state.step
     main = accelerator.is_main_process
     with Log(output, recipe.log.tensorboard, recipe.log.wandb, main, done_before, recipe.resolved()) as log:
         done = loop.train(run, log, state, stop)
-        with stop.at_once() if done else nullcontext():
+        whole = run.task.whole() if done else nullcontext()
+        with processes.patient(), stop.at_once() if done else nullcontext(), whole:
             if main:
                 _end(run, log, done, started)
             accelerator.wait_for_everyone()

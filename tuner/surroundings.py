@@ -26,10 +26,11 @@ def check(recipe: Recipe) -> None:
 
     Raises:
         UserError: the output belongs to something else, the cache cannot be written to, too few files can be
-            open, or a package that the recipe's log asks for is missing; all that is wrong.
+            open, a package that the recipe's log asks for is missing, or torchrun would start a run again
+            that does not continue; all that is wrong.
     """
     problems = []
-    for look in (_output, _cache, _handles, _packages):
+    for look in (_output, _cache, _handles, _packages, _restarts):
         try:
             look(recipe)
         except UserError as error:
@@ -112,3 +113,13 @@ def _packages(recipe: Recipe) -> None:
                 f"log.{name}: the package {name} is not installed here: pip install {name}, "
                 f"or set it to {without[name]}"
             )
+
+
+def _restarts(recipe: Recipe) -> None:
+    """A run that torchrun starts again has to continue, or it would throw its checkpoints away."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and recipe.train.resume == "never":
+        raise UserError(
+            f"train.resume: found never, but torchrun may start the run again {restarts} times, each time "
+            "from the beginning; leave it out (another output starts anew), or start with --max_restarts 0"
+        )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from threading import Lock
+from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from tuner import device, sharding
 from tuner.batch import Batch
 from tuner.export import embedding, files
 from tuner.export.metadata import with_hash
@@ -28,9 +32,61 @@ class Task(nn.Module):
         super().__init__()
         self.methods = nn.ModuleList(methods)
         object.__setattr__(self, "family", family)
+        self._reading = Lock()  # new words are put into an encoder for the time of a call
         self.objective = objective
+        self.shards: sharding.Shards | None = None
 
     family: Family
+
+    def share_out(self, accelerator: Accelerator) -> None:
+        """Part the networks among the processes if the launcher says so, before an optimiser is made."""
+        asked = device.sharding()
+        assert self.shards is None
+        if asked is not None and accelerator.num_processes > 1:
+            found = sharding.networks(self.family, self.each())
+            self.shards = sharding.Shards(found, accelerator, asked.reshard)
+
+    def prepared(self, accelerator: Accelerator, made: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """This module and its optimiser as they are trained: in the run's precision, or by DDP as well."""
+        if self.shards is None:
+            task, optimiser = accelerator.prepare(self, made)
+            return task, optimiser
+        task = accelerator.prepare_model(self, device_placement=False, evaluation_mode=True)
+        return task, accelerator.prepare(made)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within it every process has the networks whole, to look at; all have to enter and to leave it."""
+        if self.shards is None:
+            yield
+            return
+        with self.shards.whole():
+            yield
+
+    @contextmanager
+    def gathering(self, prepared: nn.Module, accelerator: Accelerator, last: bool) -> Iterator[None]:
+        """Around a micro-batch's forward and backward: gradients are averaged behind the `last` of a step."""
+        if self.shards is not None:
+            self.shards.last(last)
+            yield
+            if last:
+                sharding.average(self.trained())
+        elif last:
+            yield
+        else:
+            with accelerator.no_sync(prepared):
+                yield
+
+    def clip(self, accelerator: Accelerator, most: float) -> Tensor:
+        """Scale the gradients to a norm of at most `most`; the norm before, a number."""
+        if self.shards is not None:
+            return sharding.clip(self.trained(), most)
+        norm: Tensor = accelerator.clip_grad_norm_(self.trained(), most)
+        return norm
+
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """Flags [n] about the trained tensors, set where any process that holds a part of them has it."""
+        return flags if self.shards is None else sharding.anywhere(flags)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch's part of the optimiser step's loss, and figures to log.
@@ -116,7 +172,7 @@ class Task(nn.Module):
         methods = self.each()
         rows = {encoder: table for method in methods for encoder, table in method.new_rows().items()}
         learns = not all(method.CACHES_TEXT for method in methods)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        with self._reading, torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             return self.family.encode_prompts(tokens, rows or None)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch) -> Tensor:

@@ -233,8 +233,18 @@ class Train(Block):
     precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
         "auto", description="what is computed in; auto: bf16 where the hardware has it, else fp32"
     )
+    trained_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="what trained weights and gradients are held in; bf16: half of it, and updates are "
+        "rounded up or down at random (stochastic rounding); needs precision bf16",
+    )
     gradient_checkpointing: bool = Field(
         False, description="keep less of the forward pass and compute it again: less memory, more time"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compile the networks (torch.compile); auto: on a GPU, where by the first steps "
+        "it saves more time than it takes",
     )
     deterministic: bool = Field(
         False, description="on a GPU the same bits every time, at some cost; the CPU's are so anyway"
@@ -274,6 +284,9 @@ class Train(Block):
         if self.steps is not None and self.epochs is not None:
             message = "found together with steps, expected one of the two (train.steps=null takes steps away)"
             yield Conflict(("epochs", "steps"), message)
+        if self.trained_precision == "bf16" and self.precision in ("fp32", "fp16"):
+            message = f"found bf16, but precision is {self.precision}: expected fp32, or precision bf16"
+            yield Conflict(("trained_precision", "precision"), message)
 
     def _schedule_conflicts(self) -> Iterator[Conflict]:
         if self.schedule == "piecewise_constant":

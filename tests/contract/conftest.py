@@ -45,6 +45,8 @@ class Case:
         frozen: the base is left as it is, and `off` gives it back.
         divides: a step may be divided into micro-batches and processes.
         learning_rate, falls: in 25 steps at this rate on one batch the loss falls below this share.
+        slow: left out unless asked for: its method is tested on this base by another row, and what it has
+            besides on another base.
     """
 
     method: str
@@ -54,6 +56,7 @@ class Case:
     divides: bool = True
     learning_rate: float = 1e-3
     falls: float = 0.5
+    slow: bool = False
 
     @property
     def name(self) -> str:
@@ -108,18 +111,32 @@ CASES = (
     Case("lora", {"rank": 4}, learning_rate=1e-2),
     Case("textual_inversion", TWO_WORDS, learning_rate=0.1, falls=0.98),
     Case("controlnet", {"condition": CANNY, "unlock_decoder_at": 1}, frozen=False),
-    *(Case("controlnet", {"condition": CANNY, "arch": "lite"}, base=base) for base in ("sd1", "sdxl")),
     *(
-        Case("controlnet", {"condition": CANNY, "rank": 4}, base=base)
+        Case("controlnet", {"condition": CANNY, "arch": "lite"}, base=base, slow=base != "sd1")
+        for base in ("sd1", "sdxl")
+    ),
+    *(
+        Case("controlnet", {"condition": CANNY, "rank": 4}, base=base, slow=base in ("sd2", "sd1_inpaint"))
         for base in ("sd1", "sd2", "sdxl", "sd1_inpaint")
     ),
-    *(Case("full", {"text_encoder": True}, base=base, frozen=False) for base in ("sd1", "sd2", "sdxl")),
-    *(replace(case, base="sd2") for case in SD1),
+    *(
+        Case("full", {"text_encoder": True}, base=base, frozen=False, slow=base != "sdxl")
+        for base in ("sd1", "sd2", "sdxl")
+    ),
+    *(replace(case, base="sd2", slow=case.method in WITHOUT_UNET) for case in SD1),
     # One of the tiny SDXL's two levels has no attention, and its UNet hears its text hardly at all.
-    *(replace(case, base="sdxl", falls=SLOWER.get(case.method, case.falls)) for case in SD1),
+    *(
+        replace(
+            case,
+            base="sdxl",
+            falls=SLOWER.get(case.method, case.falls),
+            slow=case.method in WITHOUT_UNET,
+        )
+        for case in SD1
+    ),
     *INPAINT,
     *(
-        Case("lora", {"rank": 4, **kind}, base=base, learning_rate=1e-2, falls=0.8)
+        Case("lora", {"rank": 4, **kind}, base=base, learning_rate=1e-2, falls=0.8, slow=base != "sd1")
         for kind in KINDS
         for base in ("sd1", "sdxl")
     ),
@@ -176,7 +193,10 @@ def cases() -> tuple[Case, ...]:
     return CASES
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
+ROWS = [pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.slow else []) for case in CASES]
+
+
+@pytest.fixture(params=ROWS)
 def case(request: pytest.FixtureRequest) -> Case:
     """Each row."""
     return request.param  # type: ignore[no-any-return]

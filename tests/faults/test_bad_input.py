@@ -133,10 +133,24 @@ def test_nothing_is_wrong_before_a_mistake_is_made(world: Any, capfd: pytest.Cap
     assert {name: after[name] for name in before} == before and len(before) >= 20
 
 
-@pytest.mark.parametrize("area, case", TABLE.CASES, ids=NAMES)
-def test_a_mistake_is_told(world: Any, capfd: pytest.CaptureFixture[str], area: str, case: Any) -> None:
+EACH = 6  # a second look at the table is taken at one in so many where slow tests are not asked for
+LATER = [[] if number % EACH == 0 else [pytest.mark.slow] for number in range(len(NAMES))]
+ALONE = [pytest.param(*case, False, id=name) for case, name in zip(TABLE.CASES, NAMES, strict=True)]
+WITH_REST = [
+    pytest.param(*case, True, id=f"{name}, with the rest", marks=marks)
+    for case, name, marks in zip(TABLE.CASES, NAMES, LATER, strict=True)
+]
+
+
+@pytest.mark.parametrize("area, case, rest", [*ALONE, *WITH_REST])
+def test_a_mistake_is_told(
+    world: Any, capfd: pytest.CaptureFixture[str], area: str, case: Any, rest: bool
+) -> None:
+    """With the rest: a look at all else, which takes as long as the run until then, finds nothing more."""
     from tuner.cli import main
 
+    if not rest:
+        world.patch.setattr("tuner.check.others.others", lambda recipe, told: [])
     case.make(world)
     world.save()
     steps, before = trained(world.root), seen(world.root)
@@ -155,10 +169,9 @@ def test_a_mistake_is_told(world: Any, capfd: pytest.CaptureFixture[str], area: 
     assert os.path.lexists(world.root / "out") == (str(world.root / "out") in before)
 
 
-EACH = 6  # of the second look at the table, one in so many is taken where slow tests are not asked for
 AGAIN = [
-    pytest.param(*case, id=name, marks=[] if number % EACH == 0 else pytest.mark.slow)
-    for number, (case, name) in enumerate(zip(TABLE.CASES, NAMES, strict=True))
+    pytest.param(*case, id=name, marks=marks)
+    for case, name, marks in zip(TABLE.CASES, NAMES, LATER, strict=True)
 ]
 
 
@@ -184,26 +197,26 @@ def test_a_check_tells_it_too(world: Any, capfd: pytest.CaptureFixture[str], are
     assert not (world.root / "ran").exists()
 
 
-SAMPLE = ("recipe: unknown key", "recipe: a bomb of aliases", "recipe: binary", "recipe: a wrong value",
-          "base: cut off", "environment: output of the user's")  # fmt: skip
+SAMPLE = ("recipe: unknown key", "base: cut off", "recipe: a bomb of aliases", "recipe: binary",
+          "recipe: a wrong value", "environment: output of the user's")  # fmt: skip
+"""The first two, before and after what is slow to import, also by default."""
 
 
-def test_a_sample_by_the_script(world: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [*SAMPLE[:2], *(pytest.param(n, marks=pytest.mark.slow) for n in SAMPLE[2:])]
+)
+def test_a_sample_by_the_script(world: Any, name: str) -> None:
     """As `accelerate launch` and people start it: tuner/train.py in a process of its own."""
-    cases = {f"{area}: {case.name}": case for area, case in TABLE.CASES}
+    case = {f"{area}: {case.name}": case for area, case in TABLE.CASES}[name]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
-    for number, name in enumerate(SAMPLE):
-        root = tmp_path / str(number)
-        root.mkdir()
-        own = TABLE.World(root, world.bases, world.patch)
-        cases[name].make(own)
-        own.save()
-        before = seen(root)
-        script = [sys.executable, str(ROOT / "tuner" / "train.py"), *own.words]
-        done = subprocess.run(
-            script, cwd=root, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert done.returncode == 2, done.stderr
-        check_told(cases[name], done.stderr)
-        after = seen(root)
-        assert {place: after.get(place) for place in before} == before and trained(root) == []
+    case.make(world)
+    world.save()
+    before = seen(world.root)
+    script = [sys.executable, str(ROOT / "tuner" / "train.py"), *world.words]
+    done = subprocess.run(
+        script, cwd=world.root, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    check_told(case, done.stderr)
+    after = seen(world.root)
+    assert {place: after.get(place) for place in before} == before and trained(world.root) == []

@@ -40,7 +40,8 @@ def test_killed_and_continued_it_is_the_run_left_alone(
     assert alone.run((), processes, **settings) == 0, alone.printed
     if settings["train__accumulate"] == "2":
         assert killed.run([["in_accumulation", 5, 0.003]], processes, **settings) == -signal.SIGKILL
-        assert killed.run([["in_accumulation", 6, 0.0]], processes, **settings) == -signal.SIGKILL
+        if steps > 8:  # once more; one start less where slow tests are not asked for
+            assert killed.run([["in_accumulation", 6, 0.0]], processes, **settings) == -signal.SIGKILL
     else:
         after_steps(killed, 5, lambda: killed.start((), processes, **settings), signal.SIGKILL)
     assert [p.name for p in (killed.output / "checkpoints").glob("step-*")] == ["step-0000004"]

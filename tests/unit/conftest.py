@@ -101,6 +101,20 @@ def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's own folder as the current one, with a cache in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def blips(captioners: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A captioner and two filters of tests/captioners.py by name; only to be read."""
+    place = tmp_path_factory.mktemp("models")
+    return {name: getattr(captioners, name)(place / name) for name in ("blip", "blip_itm", "clip")}
+
+
+@pytest.fixture
 def fresh(folders: dict[str, Path], models: ModuleType) -> Callable[[str], Any]:
     """A base by its name, as `tuner.base.load` gives it."""
 

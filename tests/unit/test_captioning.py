@@ -18,20 +18,9 @@ from tuner.captioning.keeping import least
 from tuner.captioning.matching import ClipSimilarity
 from tuner.data.captions import CaptionRule
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 MADE = {".captions.jsonl", "metadata.jsonl", "scores.jsonl", "statistics.json", "left_out.jsonl"}
-
-
-@pytest.fixture(scope="module")
-def places(captioners: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("models")
-    return {name: getattr(captioners, name)(place / name) for name in ("blip", "blip_itm", "clip")}
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path
 
 
 @pytest.fixture
@@ -57,13 +46,11 @@ def captioned(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 
 def test_a_recipe_reads_it_at_once_and_the_folder_stays(
-    captioners: ModuleType, places: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    captioners: ModuleType, blips: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = captioners.beside()
     before = captioners.content(folder)
-    assert (
-        captioners.run(folder, "--model", places["blip"], "--out", "out", "--longest", 6, "--batch", 4) == 0
-    )
+    assert captioners.run(folder, "--model", blips["blip"], "--out", "out", "--longest", 6, "--batch", 4) == 0
     assert captioners.content(folder) == before
     assert {path.name for path in Path("out").iterdir()} == MADE | {"0.png", "2.png", "4.png", "deep"}
     samples = captioners.opened("out")
@@ -86,10 +73,10 @@ def test_a_recipe_reads_it_at_once_and_the_folder_stays(
     assert "  words: 1-5: 3; mean 4.0\n" in shown
 
 
-def test_weights_choose_between_new_and_original(captioners: ModuleType, places: dict[str, Path]) -> None:
+def test_weights_choose_between_new_and_original(captioners: ModuleType, blips: dict[str, Path]) -> None:
     assert (
         captioners.run(
-            captioners.beside(1), "--model", places["blip"], "--out", "out", "--longest", 6, "--kind", "blip"
+            captioners.beside(1), "--model", blips["blip"], "--out", "out", "--longest", 6, "--kind", "blip"
         )
         == 0
     )
@@ -101,7 +88,7 @@ def test_weights_choose_between_new_and_original(captioners: ModuleType, places:
 
 
 def test_a_listing_keeps_its_other_fields_and_its_kinds(
-    captioners: ModuleType, places: dict[str, Path]
+    captioners: ModuleType, blips: dict[str, Path]
 ) -> None:
     for index in range(4):
         captioners.picture(f"mine/{index}.png", index)
@@ -118,7 +105,7 @@ def test_a_listing_keeps_its_other_fields_and_its_kinds(
     ]
     Path("mine/metadata.jsonl").write_text("".join(json.dumps(one) + "\n" for one in first))
     Path("mine/sub/metadata.csv").write_text('file_name,text,weight\n5.png,"blue, small",0.5\n')
-    assert captioners.run("mine", "--model", places["blip"], "--out", "out", "--longest", 6) == 0
+    assert captioners.run("mine", "--model", blips["blip"], "--out", "out", "--longest", 6) == 0
     samples = {sample.picture.name: sample for sample in captioners.opened("out")}
     assert sorted(samples) == [f"out/{name}" for name in ("0.png", "1.png", "2.png", "3.png", "sub/5.png")]
     zero, one, five = (samples[f"out/{name}"] for name in ("0.png", "1.png", "sub/5.png"))
@@ -130,11 +117,11 @@ def test_a_listing_keeps_its_other_fields_and_its_kinds(
     assert captioners.lines("out/metadata.jsonl")[1]["author"] == "me"
 
 
-def test_conditions_by_place_get_no_captions(captioners: ModuleType, places: dict[str, Path]) -> None:
+def test_conditions_by_place_get_no_captions(captioners: ModuleType, blips: dict[str, Path]) -> None:
     for index in range(2):
         captioners.picture(f"mine/{index}.png", index)
         captioners.picture(f"mine/edges/{index}.png", 9 + index)
-    words = ["mine", "--model", places["blip"], "--longest", 6, "--condition-from", "edges/"]
+    words = ["mine", "--model", blips["blip"], "--longest", 6, "--condition-from", "edges/"]
     assert captioners.run(*words, "--out", "out") == 0
     samples = captioners.opened("out", condition_from="edges/")
     assert [sample.condition and sample.condition.name for sample in samples] == [
@@ -143,7 +130,7 @@ def test_conditions_by_place_get_no_captions(captioners: ModuleType, places: dic
     ]
 
 
-def test_scenes_keep_their_captions_records(captioners: ModuleType, places: dict[str, Path]) -> None:
+def test_scenes_keep_their_captions_records(captioners: ModuleType, blips: dict[str, Path]) -> None:
     from tuner.evaluate.captions import Named
     from tuner.evaluate.measures import caption_of
 
@@ -159,7 +146,7 @@ def test_scenes_keep_their_captions_records(captioners: ModuleType, places: dict
         "scene": {"background": "white", "captions": records},
     }
     Path("mine/metadata.jsonl").write_text(json.dumps(line) + "\n")
-    assert captioners.run("mine", "--model", places["blip"], "--out", "out", "--longest", 6) == 0
+    assert captioners.run("mine", "--model", blips["blip"], "--out", "out", "--longest", 6) == 0
     (sample,) = captioners.opened("out")
     assert sample.kinds == ("new", "long", "short")
     assert caption_of(sample, "long") == ("a circle", Named.from_json(named[0]))
@@ -169,16 +156,16 @@ def test_scenes_keep_their_captions_records(captioners: ModuleType, places: dict
 
 def test_old_and_new_captions_are_filtered(
     captioners: ModuleType,
-    places: dict[str, Path],
+    blips: dict[str, Path],
     captioned: Counter[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [
         captioners.beside(),
         "--model",
-        places["blip"],
+        blips["blip"],
         "--filter",
-        places["clip"],
+        blips["clip"],
         "--longest",
         6,
         "--out",
@@ -211,8 +198,8 @@ def test_old_and_new_captions_are_filtered(
     assert (captioned["scores"], captioned["captions"]) == asked
 
 
-def test_itm_has_a_usual_threshold_and_filters_alone(captioners: ModuleType, places: dict[str, Path]) -> None:
-    assert captioners.run(captioners.beside(), "--filter", places["blip_itm"], "--out", "out") == 0
+def test_itm_has_a_usual_threshold_and_filters_alone(captioners: ModuleType, blips: dict[str, Path]) -> None:
+    assert captioners.run(captioners.beside(), "--filter", blips["blip_itm"], "--out", "out") == 0
     every = [one for line in captioners.lines("out/scores.jsonl") for one in line["captions"]]
     assert len(every) == 3 and all(one["kept"] == (one["score"] >= 0.5) for one in every)
     reasons = {line["file_name"]: line["reason"] for line in captioners.lines("out/left_out.jsonl")}
@@ -221,15 +208,15 @@ def test_itm_has_a_usual_threshold_and_filters_alone(captioners: ModuleType, pla
 
 @pytest.mark.parametrize("more", [(), ("--top-p", 0.9, "--seed", 3)])
 def test_a_run_that_was_stopped_goes_on(
-    captioners: ModuleType, places: dict[str, Path], captioned: Counter[str], more: tuple[Any, ...]
+    captioners: ModuleType, blips: dict[str, Path], captioned: Counter[str], more: tuple[Any, ...]
 ) -> None:
     folder = captioners.beside(7)
     words = [
         folder,
         "--model",
-        places["blip"],
+        blips["blip"],
         "--filter",
-        places["clip"],
+        blips["clip"],
         "--share",
         0.7,
         "--batch",
@@ -254,10 +241,10 @@ def test_a_run_that_was_stopped_goes_on(
 
 
 def test_what_changed_is_captioned_anew(
-    captioners: ModuleType, places: dict[str, Path], captioned: Counter[str]
+    captioners: ModuleType, blips: dict[str, Path], captioned: Counter[str]
 ) -> None:
     folder = captioners.beside(4)
-    words = [folder, "--model", places["blip"], "--out", "out"]
+    words = [folder, "--model", blips["blip"], "--out", "out"]
     assert captioners.run(*words, "--longest", 6) == 0 and captioned["captions"] == 4
     assert captioners.run(*words, "--longest", 6) == 0 and captioned["captions"] == 4
     captioners.picture("mine/0.png", 77)
@@ -266,7 +253,7 @@ def test_what_changed_is_captioned_anew(
     assert (
         captioners.run(*words, "--longest", 5, "--prompt", "a photo of") == 0 and captioned["captions"] == 13
     )
-    other = Path(shutil.copytree(places["blip"], "other"))
+    other = Path(shutil.copytree(blips["blip"], "other"))
     config = other / "generation_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"repetition_penalty": 1.5}))
     assert (
@@ -281,8 +268,8 @@ def test_what_changed_is_captioned_anew(
     assert names["twin.png"]["new"] == names["2.png"]["new"] and not Path("out/0.png").is_symlink()
 
 
-def test_the_batch_size_changes_nothing(captioners: ModuleType, places: dict[str, Path]) -> None:
-    words = [captioners.beside(5), "--model", places["blip"], "--longest", 6]
+def test_the_batch_size_changes_nothing(captioners: ModuleType, blips: dict[str, Path]) -> None:
+    words = [captioners.beside(5), "--model", blips["blip"], "--longest", 6]
     for batch in (1, 3):
         assert captioners.run(*words, "--batch", batch, "--out", f"out{batch}") == 0
     assert captioners.lines("out1/metadata.jsonl") == captioners.lines("out3/metadata.jsonl") != []
@@ -290,7 +277,7 @@ def test_the_batch_size_changes_nothing(captioners: ModuleType, places: dict[str
 
 def test_bad_pictures_are_listed_and_the_rest_is_done(
     captioners: ModuleType,
-    places: dict[str, Path],
+    blips: dict[str, Path],
     captioned: Counter[str],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -303,7 +290,7 @@ def test_bad_pictures_are_listed_and_the_rest_is_done(
     captioners.picture("mine/d.png", 10)
     Path("mine/d.txt").write_text("one")
     Path("mine/d.caption").write_text("two")
-    words = [folder, "--model", places["blip"], "--filter", places["clip"], "--share", 1, "--longest", 6]
+    words = [folder, "--model", blips["blip"], "--filter", blips["clip"], "--share", 1, "--longest", 6]
     for again in (0, 1):
         assert captioners.run(*words, "--out", "out") == 2
         told = capsys.readouterr()

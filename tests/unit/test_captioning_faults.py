@@ -14,22 +14,11 @@ from tuner.captioning.captioner import Captioner
 from tuner.captioning.journal import Journal
 from tuner.data.captions import CaptionRule
 
-
-@pytest.fixture(scope="module")
-def places(captioners: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("models")
-    return {name: getattr(captioners, name)(place / name) for name in ("blip", "blip_itm", "clip")}
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def test_lines_of_a_listing_that_name_nothing(
-    captioners: ModuleType, places: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    captioners: ModuleType, blips: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     captioners.picture("mine/0.png", 0)
     captioners.picture("outside.png", 1)
@@ -41,7 +30,7 @@ def test_lines_of_a_listing_that_name_nothing(
     ]
     Path("mine/metadata.jsonl").write_text("\n".join(['{"file_name": "0.png", "text": 7}', *wrong]) + "\n")
     captioners.picture("mine/1.png", 2)
-    assert captioners.run("mine", "--model", places["blip"], "--out", "out", "--longest", 6) == 2
+    assert captioners.run("mine", "--model", blips["blip"], "--out", "out", "--longest", 6) == 2
     err = capsys.readouterr().err.splitlines()
     wanted = [f"mine/metadata.jsonl:{number}: " for number in (2, 3, 4, 5)] + ["mine/0.png: "]
     assert len(err) == 5
@@ -52,14 +41,14 @@ def test_lines_of_a_listing_that_name_nothing(
 
 def test_a_models_text_is_never_more_than_text(
     captioners: ModuleType,
-    places: dict[str, Path],
+    blips: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     evil = "[bold red]{} {0} %s\x1b[2J {a|b}</s> \u202e \n\n{{x}}"
     monkeypatch.setattr(Captioner, "_inputs", lambda self, pictures: ({"pixel_values": None}, ""))
     monkeypatch.setattr(Captioner, "__init__", _hollow(evil))
-    assert captioners.run(captioners.beside(1), "--model", places["blip"], "--out", "out") == 0
+    assert captioners.run(captioners.beside(1), "--model", blips["blip"], "--out", "out") == 0
     clean = "[bold red]{} {0} %s[2J {a|b}</s> {{x}}"
     (sample,) = captioners.opened("out")
     assert sample.captions[0] == clean
@@ -116,15 +105,14 @@ def test_options(
     captioners: ModuleType,
     words: list[Any],
     wanted: str,
-    places: dict[str, Path],
+    blips: dict[str, Path],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     captioners.beside(2)
     Path("full").mkdir()
     Path("full/mine.txt").write_text("kept")
     words = [
-        places["blip"] if word == "x" and words[at - 1] == "--model" else word
-        for at, word in enumerate(words)
+        blips["blip"] if word == "x" and words[at - 1] == "--model" else word for at, word in enumerate(words)
     ]
     assert captioners.run("mine", *([] if "--out" in words else ["--out", "out"]), *words) == 2
     assert wanted in capsys.readouterr().err
@@ -132,9 +120,9 @@ def test_options(
 
 
 def test_kinds_do_not_mix(
-    captioners: ModuleType, places: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    captioners: ModuleType, blips: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--model", places["blip"], "--longest", 6]
+    words = ["--model", blips["blip"], "--longest", 6]
     assert captioners.run(captioners.beside(2), *words, "--out", "out") == 0
     assert captioners.run("out", *words, "--out", "again") == 2
     assert "has captions of kind new already" in capsys.readouterr().err
@@ -144,17 +132,17 @@ def test_kinds_do_not_mix(
 
 
 def test_two_at_once_do_not_mix(
-    captioners: ModuleType, places: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    captioners: ModuleType, blips: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Journal(Path("out")):
-        assert captioners.run(captioners.beside(2), "--model", places["blip"], "--out", "out") == 2
+        assert captioners.run(captioners.beside(2), "--model", blips["blip"], "--out", "out") == 2
     assert "another tuner caption is writing to it" in capsys.readouterr().err
 
 
 def test_a_users_file_is_not_linked_over(
-    captioners: ModuleType, places: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    captioners: ModuleType, blips: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [captioners.beside(2), "--model", places["blip"], "--longest", 6, "--out", "out"]
+    words = [captioners.beside(2), "--model", blips["blip"], "--longest", 6, "--out", "out"]
     assert captioners.run(*words) == 0
     os.unlink("out/0.png")
     Path("out/0.png").write_text("mine")

@@ -188,8 +188,15 @@ def test_the_factors_are_a_function_of_the_seed(make: Make) -> None:
     assert len(names) > 40 and all(torch.equal(full.trained()[n], one.trained()[n]) for n in names)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("base", BASES)
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)
+PROVED = [  # each base in one precision, and each precision on some base, also by default
+    pytest.param(base, dtype, marks=[] if b % 3 == p else pytest.mark.slow)
+    for b, base in enumerate(BASES)
+    for p, dtype in enumerate(PRECISIONS)
+]
+
+
+@pytest.mark.parametrize("base, dtype", PROVED)
 def test_the_files_are_proved(
     base: str, dtype: torch.dtype, make: Make, tmp_path: Path, models: ModuleType
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import sys
 import types
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from tuner import log
+from tuner.disk import DiskError
 
 
 def open_log(output: Path, resume_step: int | None = None, **changes: Any) -> log.Log:
@@ -39,6 +41,20 @@ def test_lines_are_exact(tmp_path: Path) -> None:
         '{"step": 12, "event": "edges followed"}',
         '{"measure": "edge F1", "values": {"columns": ["strict"], "rows": {"floor": [0.5]}}}',
     ]
+
+
+def test_a_line_that_cannot_be_written_leaves_those_before_it(tmp_path: Path) -> None:
+    written, place = open_log(tmp_path), tmp_path / "metrics.jsonl"
+    written.scalars(1, {"loss": 1.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (place.stat().st_size + 9, hard))
+    try:
+        with pytest.raises(DiskError, match=r"metrics\.jsonl: cannot be written: File too large"), written:
+            written.scalars(2, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert place.read_text().startswith('{"step": 1, "loss": 1.0}\n{"step":')
+    assert log.read(place).scalars == {"loss": [(1, 1.0)]}
 
 
 def test_read_gives_back_what_was_written(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tuner import memory, recipe
+from tuner import components, memory, quantised, recipe
 from tuner.blocks import Stage
 from tuner.errors import UserError
 from tuner.memory import live, planning, state, step
@@ -127,6 +127,88 @@ def test_state_that_is_factored_or_in_8_bits() -> None:
     assert 4 * (400 + 300) <= kept <= 4 * (400 + 300 + 2)
     assert state.state(Optimiser(name="adamw8bit"), [large, small]) == (2 * (120000 + 4 * 469) + 80, 0)
     assert state.state(Optimiser(name="pagedadamw32bit"), [large]) == (0, 8 * 120000)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers")
+@pytest.mark.parametrize("name", sorted(state._BITSANDBYTES))
+def test_bitsandbytes_keeps_what_is_planned(name: str) -> None:
+    """Besides the table of a number's 256 values, one for each kind of state; on the CPU nothing is paged."""
+    pytest.importorskip("bitsandbytes")
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in [(130, 70), (20,), (64, 64)]]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    built = planning.state.optimiser.build([{"params": parameters}], name, 1e-3)
+    built.step()
+    real = {n: t for p, own in built.state.items() for n, t in _named(p, own) if not n.startswith("qmap")}
+    assert len(real) >= 3
+    assert sum(state.state(Optimiser(name=name), parameters)) == sum(t.nbytes for t in real.values())
+
+
+def _named(parameter: Any, own: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    return [(f"{name} {id(parameter)}", t) for name, t in own.items() if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_quantised_base_holds_what_is_planned(made: Any, sd1_folder: Path, scheme: Any) -> None:
+    """Every network's bytes, of those that are stored and of the rest."""
+    pytest.importorskip("bitsandbytes")
+    asked = made("lora")
+    base = asked.base.model_copy(update={"quantise": scheme})
+    train = asked.train.model_copy(update={"precision": "bf16"})
+    plan = memory.plan(asked.model_copy(update={"base": base, "train": train}))
+    for name in ("unet", "text_encoder"):
+        network = components.load_quantised(name, sd1_folder / name, scheme, torch.bfloat16)
+        held = [*network.parameters(), *network.buffers()]
+        for layer in network.modules():
+            about = getattr(getattr(layer, "weight", None), "quant_state", None)
+            if about is not None:
+                held += [about.absmax, about.code, about.offset, about.state2.absmax, about.state2.code]
+            elif quantised.is_quantised(layer):
+                held.append(layer.state.SCB)
+        assert plan.weights[name] == live.nbytes(held), name
+
+
+def test_weights_in_bfloat16_take_half(made: Any) -> None:
+    """So do gradients; moments stay: 2 + 2 + 8 bytes a weight in place of 4 + 4 + 8, and 2 + 2 + 2 with 8
+    bits."""
+    asked = made("{full: {checkpoint_file: false}}")
+
+    def each(**values: Any) -> tuple[float, ...]:
+        train = asked.train.model_copy(update={"precision": "bf16", **values})
+        needs = memory.plan(asked.model_copy(update={"train": train}))
+        numbers = memory.plan(asked).gradients / 4
+        return tuple(size / numbers for size in (needs.weights["unet"], needs.gradients, needs.optimiser))
+
+    eight = Optimiser(name="adamw8bit")
+    assert each() == pytest.approx((4, 4, 8), abs=0.02)
+    assert each(trained_precision="bf16") == pytest.approx((2, 2, 8), abs=0.02)
+    assert each(trained_precision="bf16", optimiser=eight) == pytest.approx((2, 2, 2), abs=0.5)
+
+
+@pytest.mark.parametrize("method, there", [("{full: {checkpoint_file: false}}", True), ("lora", False)])
+def test_weights_in_bfloat16_are_suggested(made: Any, method: str, there: bool) -> None:
+    asked = made(method, batch=1)
+    train = asked.train.model_copy(update={"precision": "bf16"})
+    asked = asked.model_copy(update={"train": train})
+    found = memory.fits(asked, 2**20, device="cuda", phases=("training",))
+    assert len(found) >= 2
+    assert (("train.trained_precision=bf16",) in [one.overrides for one in found]) == there
+
+
+def test_what_is_cached_waits_elsewhere(made: Any) -> None:
+    """Autoencoder and text encoder while a GPU trains; not where they are asked, or previews are drawn."""
+    asked = made("{lora: {rank: 2}}", more="ema: 0.9")
+    own, needs = memory.plan(asked), memory.plan(asked, 1, "cuda")
+    assert own.aside == 0 and needs.aside == needs.weights["vae"] + needs.weights["text_encoder"] > 0
+    data = asked.data.model_copy(update={"cache": "off"})
+    anew = memory.plan(asked.model_copy(update={"data": data}), 1, "cuda")
+    assert anew.aside == 0
+    held = sum(needs.weights.values()) + needs.trained + needs.optimiser + needs.ema - needs.aside
+    step_ = dict(needs.phases)["training"] - needs.libraries - held
+    assert step_ == pytest.approx(needs.activations + 1.1 * needs.gradients, rel=0.01)
+    assert any("not on it while training" in line for line in needs.lines())
+    words = memory.plan(made("{lora: {rank: 2, text_encoder: true}}"), 1, "cuda")
+    assert words.aside == words.weights["vae"]
 
 
 def test_lora(made: Any, sd1_folder: Path) -> None:

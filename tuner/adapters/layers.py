@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from tuner.adapters import fused
 from tuner.adapters.targets import Slot
 from tuner.errors import UserError
 from tuner.export import lycoris
@@ -87,21 +88,29 @@ def inject(host: nn.Module, slots: Mapping[str, Slot], how: Making, seed: int) -
         divisor = slot.rank**0.5 if how.rslora else slot.rank
         assert (layer.r[ADAPTER], layer.scaling[ADAPTER]) == (slot.rank, slot.alpha / divisor), path
         layer.eval()
+        fused.fuse(layer)
 
 
 @contextmanager
 def _taken_for_float32(hosts: Iterable[nn.Module]) -> Iterator[None]:
     """Within it layers that are held in half precision look like float32 ones, without any numbers.
 
-    peft gives adapters the type of their layer's weights, which would round what they begin with.
+    peft gives adapters the type of their layer's weights, or what a layer of 4 bits computes in, which would
+    round what they begin with.
     """
-    weights = [host.weight for host in hosts if isinstance(host.weight, Tensor)]
+    every: list[Any] = list(hosts)
+    computes = [(host, host.compute_dtype) for host in every if hasattr(host, "compute_dtype")]
+    weights = [host.weight for host in every if isinstance(host.weight, Tensor)]
     kept = [(w, w.data) for w in weights if w.dtype in (torch.float16, torch.bfloat16)]
     try:
         for weight, data in kept:
             weight.data = torch.empty((), device=data.device).expand(data.shape)
+        for host, _ in computes:
+            host.compute_dtype = torch.float32
         yield
     finally:
+        for host, compute in computes:
+            host.compute_dtype = compute
         for weight, data in kept:
             weight.data = data
 
@@ -170,8 +179,13 @@ def fill(layer: Any, change: Change, magnitude: Tensor | None) -> None:
 
 
 def train_mode(layer: Any, on: bool) -> None:
-    """Dropout of the adapter alone; the layer that it sits on stays as it is."""
-    layer.training = on
+    """Dropout of the adapter alone; the layer that it sits on stays as it is.
+
+    A LoHa or LoKr in training draws whether its module is dropped, in each step, and branches on it, which
+    would also cut a compiled graph in two; where nothing is dropped it is left in evaluation, to the same
+    effect.
+    """
+    layer.training = on and getattr(layer, "rank_dropout", {}).get(ADAPTER, 1.0) > 0
     if hasattr(layer, "lora_dropout"):
         layer.lora_dropout.train(on)
 

@@ -100,19 +100,26 @@ class Filter(ABC):
     tokenizer: Any
 
 
-class BlipMatching(Filter):
-    """The probability that a text matches, by BLIP's ITM head (arXiv 2201.12086, section 3.2)."""
+class Matching(Filter):
+    """The probability that a text matches, by the matching (ITM) head of a model of `kind`."""
 
     measure = "ITM probability"
     usual = 0.5  # CapFilt takes out what the head calls unmatched
+    kind: str
 
     def load(self) -> None:
-        """BlipForImageTextRetrieval."""
+        """The model, by the name of its class in transformers."""
         import transformers
 
-        kind = transformers.BlipForImageTextRetrieval
+        kind = getattr(transformers, self.kind)
         self.network = network(self.model, kind, torch.float32, self.device, "match captions (ITM)")
         self.images, self.tokenizer = self.processors()
+
+
+class BlipMatching(Matching):
+    """By BLIP's head (arXiv 2201.12086, section 3.2)."""
+
+    kind = "BlipForImageTextRetrieval"
 
     def score(
         self, pictures: Sequence[Picture], texts: Sequence[str], of: Tensor
@@ -128,19 +135,10 @@ class BlipMatching(Filter):
         return net.itm_head(read.last_hidden_state[:, 0]).softmax(dim=-1)[:, 1], cut
 
 
-class Blip2Matching(Filter):
-    """The probability that a text matches, by BLIP-2's ITM head (arXiv 2301.12597, section 3.2)."""
+class Blip2Matching(Matching):
+    """By BLIP-2's head (arXiv 2301.12597, section 3.2)."""
 
-    measure = "ITM probability"
-    usual = 0.5
-
-    def load(self) -> None:
-        """Blip2ForImageTextRetrieval."""
-        import transformers
-
-        kind = transformers.Blip2ForImageTextRetrieval
-        self.network = network(self.model, kind, torch.float32, self.device, "match captions (ITM)")
-        self.images, self.tokenizer = self.processors()
+    kind = "Blip2ForImageTextRetrieval"
 
     def score(
         self, pictures: Sequence[Picture], texts: Sequence[str], of: Tensor

@@ -37,6 +37,7 @@ def look(recipe: Recipe, accelerator: Accelerator, hashes: Hashes, found: Findin
     needs = sorted({need for kind in kinds.values() for need in kind.NEEDS})
     trains = {name for kind in kinds.values() for name in kind.TRAINS}
     found.attempt("base", lambda: build.check_quantised(recipe, needs, trains))
+    found.attempt("train", lambda: build.check_rounded(recipe, accelerator))
     options = build.base_options(recipe, accelerator, kinds)
     found.attempt("base", lambda: base.check_options(options, needs))
     family = _family(recipe, needs, options, hashes, found)

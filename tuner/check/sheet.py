@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from tuner import page
 from tuner.chart import number
 from tuner.check.findings import Findings
 from tuner.check.inputs import Shown
@@ -45,18 +43,7 @@ def write(path: Path, name: str, shown: Sequence[Shown], found: Findings) -> Pat
         shown: the first samples.
         found: of the whole check.
     """
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = templates.get_template("sheet.html.j2").render(_contents(name, shown, found))
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_text(page, encoding="utf-8", errors="backslashreplace")
-    beside.replace(path)
-    return path
+    return page.write(path, Path(__file__).with_name("sheet.html.j2"), _contents(name, shown, found))
 
 
 def _contents(name: str, shown: Sequence[Shown], found: Findings) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class Opened(NamedTuple):
 def open_parts(specs: Sequence[SourceSpec], wanted: Wanted, main: bool) -> list[Samples | Stream]:
     """All sources, those that are read in passing too.
 
-    A source of datasets/ that is missing is made by the main process while the others wait.
+    A source of datasets/ that is missing is made by the main process while the others wait, and then by the
+    first ones of other machines, if it is still missing there.
 
     Args:
         main: whether this is the main process.
@@ -122,6 +123,9 @@ def open_parts(specs: Sequence[SourceSpec], wanted: Wanted, main: bool) -> list[
     """
     place = None if wanted.cache is None else wanted.cache / "tars"
     opened = open_specs(specs, say, place, strict=False) if main else []
+    wanted.share.wait()
+    if wanted.share.first and not main:
+        opened = open_specs(specs, lambda line: None, place, strict=False)
     wanted.share.wait()
     return opened or open_specs(specs, lambda line: None, place, strict=False)
 

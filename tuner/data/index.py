@@ -17,6 +17,7 @@ from typing import NamedTuple, TypeVar, overload
 import numpy as np
 import numpy.typing as npt
 
+from tuner import processes
 from tuner.data import pictures, remarks
 from tuner.data.blob import Blob
 from tuner.data.remarks import Remarks
@@ -26,6 +27,8 @@ from tuner.errors import UserError
 from tuner.progress import say, track
 
 AT_ONCE = 512  # pictures remembered in one go
+SOON = 10.0
+"""Seconds in which another machine sees what is written into a cache; where it does not, it works alone."""
 Item = TypeVar("Item")
 
 
@@ -187,11 +190,32 @@ class Index:
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the work is this process's."""
+    """Which part of the work is this process's.
+
+    Attributes:
+        rank, processes: this one's number among those that work into the same cache, and how many they are.
+        wait: for all processes of the run.
+        first: whether it is the first one of its machine, whose disk may be its own.
+    """
 
     rank: int = 0
     processes: int = 1
-    wait: Callable[[], None] = lambda: None  # for all processes
+    wait: Callable[[], None] = lambda: None
+    first: bool = True
+
+
+def shared_out(cache: Path, wait: Callable[[], None]) -> Share:
+    """This process's part of what goes into a cache, which some machines may have for themselves.
+
+    Args:
+        wait: for all processes.
+    """
+    number, here = processes.local()
+    seen = processes.same_folder(cache, SOON)
+    if all(seen):
+        return Share(processes.rank(), len(seen), wait, number == 0)
+    say(f"data.cache: {cache} is not one folder for all machines: each of them encodes everything for itself")
+    return Share(number, here, wait, number == 0)
 
 
 def look(

@@ -240,7 +240,7 @@ def _unmeant(verdict: Verdict, words: Mapping[str, Mapping[str, str]]) -> None:
     )
 
 
-def everything(base: Base) -> dict[str, str]:
+def everything(base: Base) -> Mapping[str, str]:
     """Names -> paths, in every spelling of every tool."""
     return table(base, {s: None for known in ADAPTERS.values() for rules in known for s in rules.spellings})
 

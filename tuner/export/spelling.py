@@ -5,8 +5,10 @@ Both are data. `Spelling` turns a module's path into a name; `ROLES` says what e
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tuner.export import cldm
@@ -45,10 +47,10 @@ class Spelling(NamedTuple):
     besides: str = ""
     families: tuple[str, ...] = FAMILIES
 
-    def spell(self, path: str, base: Base, original: Mapping[str, str]) -> str | None:
+    def spell(self, path: str, family: str, original: Mapping[str, str]) -> str | None:
         """The name of the module at `path`, component first; None where this spelling has none for it."""
         component, _, rest = path.partition(".")
-        if component != self.component or base.family not in self.families:
+        if component != self.component or family not in self.families:
             return None
         if not re.fullmatch(self.only, rest) or re.fullmatch(self.besides, rest):
             return None
@@ -64,17 +66,27 @@ class Spelling(NamedTuple):
         return self.prefix + (rest.replace(".", "_") if self.joined else rest)
 
 
-def table(base: Base, spellings: Iterable[Spelling]) -> dict[str, str]:
+def table(base: Base, spellings: Iterable[Spelling]) -> Mapping[str, str]:
     """Names -> paths of the base's modules, by all of the spellings."""
     original = cldm.unet_names(base.unet)
+    return _table(base.family, tuple(base.layers()), tuple(original.items()), tuple(spellings))
+
+
+@functools.lru_cache(maxsize=64)  # every tool of every file asks again, of thousands of names
+def _table(
+    family: str,
+    layers: tuple[str, ...],
+    original: tuple[tuple[str, str], ...],
+    spellings: tuple[Spelling, ...],
+) -> Mapping[str, str]:
     names: dict[str, str] = {}
-    layers = base.layers()
+    places = dict(original)
     for spelling in spellings:
         for path in layers:
-            name = spelling.spell(path, base, original)
+            name = spelling.spell(path, family, places)
             if name is not None:
                 assert names.setdefault(name, path) == path, f"{name} is {path} and {names[name]}"
-    return names
+    return MappingProxyType(names)
 
 
 # The ending of a key -> how factors are written (the dialect) and which one it is (the role).

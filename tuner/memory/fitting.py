@@ -12,6 +12,7 @@ from tuner.memory.needs import ALL, Needs
 from tuner.memory.planning import Passes, plan, precision
 from tuner.memory.sizes import show
 from tuner.recipe import Recipe
+from tuner.rounding import NARROWED, SINGLE
 
 SIDES = (1024, 896, 768, 640, 512, 384, 256, 128, 64)
 """Of pictures that are trained at, in pixels: what is tried where nothing that changes less is enough."""
@@ -201,6 +202,15 @@ def _quantised(recipe: Recipe, processes: int, device: str) -> Iterator[_Change]
         yield _Change({"base.quantise": "nf4"}, "the frozen base in 4 bits: a little less exact, slower")
 
 
+def _rounded(recipe: Recipe, processes: int, device: str) -> Iterator[_Change]:
+    about, large = recipe.train, {"full", "controlnet"} & recipe.method.keys()  # of adapters it is little
+    single = about.optimiser.name.lower() in SINGLE and set(recipe.method) <= set(NARROWED)
+    if large and single and about.trained_precision == "fp32" and precision(recipe, device) == "bf16":
+        yield _Change(
+            {"train.trained_precision": "bf16"}, "trained weights are rounded, up or down at random"
+        )
+
+
 def _average(recipe: Recipe, processes: int, device: str) -> Iterator[_Change]:
     if recipe.train.ema is not None:
         yield _Change({"train.ema": None}, "no average of the weights")
@@ -230,6 +240,7 @@ KINDS = (
     _eight,
     _again,
     _quantised,
+    _rounded,
     _average,
     _rank,
     _smaller,

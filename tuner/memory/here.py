@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from tuner.device import sharding
 from tuner.errors import UserError
 from tuner.memory.fitting import fits, lines
 from tuner.memory.needs import UNTIL_TRAINED
@@ -84,7 +85,13 @@ def admit(recipe: Recipe, accelerator: Accelerator) -> None:
     local = accelerator.num_processes if device == "cpu" else 1  # that share the machine's memory
     # A GPU's memory is the process's own to use; the machine's others give back what they cache.
     most = room.free if device == "cuda" else room.total
-    if needs.most(UNTIL_TRAINED) * local > most:
+    shared = sharding() is not None and accelerator.num_processes > 1
+    if shared:
+        say(
+            f"memory: FSDP2 shares weights, gradients and the optimiser's state of large networks out among "
+            f"{accelerator.num_processes} processes, which is not counted: each holding all would need"
+        )
+    elif needs.most(UNTIL_TRAINED) * local > most:
         found = fits(recipe, most // local, accelerator.num_processes, device, UNTIL_TRAINED)
         told = "".join(f"\n  {line}" for line in lines(found, most // local))
         raise UserError(f"memory: this run needs about {needs.told()}; {show(most)} are there:{told}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tuner import base, components, hub, single_file
+from tuner import base, components, hub, rounding, single_file
 from tuner.adapters.layers import path_of
 from tuner.errors import UserError
 from tuner.family import Family, Options
@@ -93,8 +93,10 @@ def build(recipe: Recipe, device: str, dtype: torch.dtype) -> Model:
         name: _held(network, torch.float32 if name in recipe.base.new else options.dtype(name))
         for name, network in family.modules().items()
     }
+    if recipe.train.trained_precision == "bf16":
+        rounding.narrow(trained)
     if dtype != torch.float32:
-        family.cast(dtype, trained)
+        family.cast(dtype, trained if recipe.train.trained_precision == "fp32" else ())
     rules = Rules(device, dtype)
     if recipe.train.gradient_checkpointing:
         within = functools.partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), rules))
@@ -106,7 +108,9 @@ def build(recipe: Recipe, device: str, dtype: torch.dtype) -> Model:
 
 def _exact(recipe: Recipe, kinds: dict[str, type[Method]]) -> tuple[str, ...]:
     """The networks that are loaded in float32 whatever is computed in; as tuner.build asks for them."""
-    exact = {part for name, kind in kinds.items() for part in kind.exact(recipe.method[name])}
+    narrow = {"full"} if recipe.train.trained_precision == "bf16" else set()
+    own = {name: kind for name, kind in kinds.items() if name not in narrow}
+    exact = {part for name, kind in own.items() for part in kind.exact(recipe.method[name])}
     branch = recipe.method.get("controlnet")
     if any(getattr(branch, key, None) is not None for key in ("unlock_decoder_at", "rank")):
         exact.add("unet")

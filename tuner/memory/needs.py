@@ -36,6 +36,9 @@ class Needs:
             room for it leaves it to the CPU, but for a quantised base, which stays.
         proof: of the export, on the device.
         host: on a GPU, what the process needs at most of the machine's own memory.
+        aside: of the weights, what waits in the machine's own memory while a GPU trains and validates, as
+        what
+            it encodes is cached. (More captions than the cache keeps are known only when the data is.)
     """
 
     device: str
@@ -52,6 +55,7 @@ class Needs:
     phases: tuple[Phase, ...]
     proof: int
     host: int = 0
+    aside: int = 0
 
     @property
     def peak(self) -> int:
@@ -80,7 +84,8 @@ class Needs:
         }
         table = [(name, size) for name, size in parts.items() if size]
         phases = [(f"while {_DOING[phase.name]}", phase.peak) for phase in self.phases]
-        host = [("of the host's memory", self.host)] if self.host else []
+        host = [("of the weights, not on it while training", self.aside)] if self.aside else []
+        host += [("of the host's memory", self.host)] if self.host else []
         if all(phase.name != "export" for phase in self.phases):
             host.append(("for proving the export; or on the CPU", self.proof))
         wide = max(len(name) for name, _ in (*table, *phases, *host))

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tuner import device as machine
-from tuner import gather
+from tuner import gather, quantised, rounding
 from tuner.adapters.layers import path_of
 from tuner.components import GROUP
 from tuner.memory import model, state, step
@@ -59,7 +59,10 @@ class Passes:
 def _key(recipe: Recipe, device: str, dtype: torch.dtype) -> str:
     tree = recipe.resolved()
     base = {key: value for key, value in tree["base"].items() if key != "quantise"}
-    return json.dumps([base, tree["method"], recipe.train.gradient_checkpointing, device, str(dtype)])
+    about = recipe.train
+    return json.dumps(
+        [base, tree["method"], about.gradient_checkpointing, about.trained_precision, device, str(dtype)]
+    )
 
 
 def plan(recipe: Recipe, processes: int = 1, device: str = "cpu", passes: Passes | None = None) -> Needs:
@@ -91,6 +94,7 @@ def plan(recipe: Recipe, processes: int = 1, device: str = "cpu", passes: Passes
     before = passes.run("encoding", made, lambda: step.encoding(made)) if caches else Pass(0)
     weights, beside = _weights(made), _beside(made)
     held = sum(weights.values()) + beside + kept + ema + buckets
+    aside = sum(weights[name] for name in _aside(made))
     slack = 1.0 if device == "cpu" else 1.0 + SLACK
     loaded, update = _stored(made, made.loaded), one.gradients + _scratch(recipe, device, trained)
     reading = _reading(chosen, loaded)
@@ -100,8 +104,9 @@ def plan(recipe: Recipe, processes: int = 1, device: str = "cpu", passes: Passes
 
     phases = [phase("loading", sum(loaded.values()), 0 if device == "cuda" else reading)]
     phases += [phase("caching", sum(loaded.values()) + beside, before.peak)] * caches
-    phases.append(phase("training", held, max(one.peak, update)))
-    phases += [phase(name, held + more, peak) for name, more, peak in _looks(passes, made)]
+    phases.append(phase("training", held - aside, max(one.peak, update)))
+    for name, more, peak in _looks(passes, made):
+        phases.append(phase(name, held + more - aside * (name == "validation"), peak))
     proof = phase("export", held, _proof(made))
     phases += [proof] * (device == "cpu" or recipe.base.quantise is not None)
     return Needs(
@@ -119,7 +124,19 @@ def plan(recipe: Recipe, processes: int = 1, device: str = "cpu", passes: Passes
         tuple(phases),
         proof.peak,
         0 if device == "cpu" else baseline() + sum(loaded.values()) + paged + reading,
+        aside,
     )
+
+
+def _aside(made: Model) -> list[str]:
+    """The networks that wait in main memory while a GPU trains; see data.encode.unneeded."""
+    if made.device == "cpu":
+        return []
+    latents, text = step.cached(made)
+    names = ["vae"] * latents + list(made.family.text_encoders) * text
+    networks, trained = made.family.modules(), {id(p) for p in made.trained()}
+    held = [name for name in names if name in networks]
+    return [name for name in held if not any(id(p) in trained for p in networks[name].parameters())]
 
 
 def _largest(passes: Passes, made: Model, processes: int) -> tuple[int, Pass]:
@@ -192,8 +209,7 @@ def _weights(made: Model) -> dict[str, int]:
 
 
 def _stored(made: Model, held: dict[str, int]) -> dict[str, int]:
-    """The same with base.quantise: nf4 has half a byte a weight and a scale for 64 of them, itself in a byte
-    and a float32 for 256 (arXiv 2305.14314); int8 a byte, and a float32 for each row (2208.07339)."""
+    """The same with base.quantise."""
     scheme = made.recipe.base.quantise
     if scheme is None:
         return held
@@ -201,22 +217,22 @@ def _stored(made: Model, held: dict[str, int]) -> dict[str, int]:
     for name, network in made.family.modules().items():
         if name != "unet" and not name.startswith("text_encoder"):
             continue
-        for path, layer in network.named_modules():
-            if not isinstance(layer, nn.Linear) or path_of(f"{path}.weight") is not None:
-                continue
-            count, rows = layer.weight.numel(), layer.weight.shape[0]
-            wide = made.family.options.dtype(name).itemsize
-            small = count / 2 + count / 64 + count / 64 / 256 * 4 if scheme == "nf4" else count + 4 * rows
-            stored[name] -= round(wide * count - small)
+        wide = made.family.options.dtype(name).itemsize
+        for _, layer in quantised.layers(network):
+            rows, columns = layer.weight.shape
+            stored[name] -= wide * rows * columns - quantised.nbytes(rows, columns, scheme)
     return stored
 
 
 def _scratch(recipe: Recipe, device: str, trained: list[nn.Parameter]) -> int:
     """What an update needs besides gradients and state: nothing where one kernel does it all."""
-    if recipe.train.optimiser.name.lower() == "adamw" or "8bit" in recipe.train.optimiser.name.lower():
-        return 0
-    sizes = [parameter.numel() * 4 for parameter in trained]
-    return 2 * max(sizes) if device == "cpu" else sum(sizes)
+    name, numbers = recipe.train.optimiser.name.lower(), [parameter.numel() for parameter in trained]
+    rounds = rounding.scratch(numbers) if recipe.train.trained_precision == "bf16" else 0
+    if "8bit" in name and device == "cpu":  # of the largest both states, gradient, root and quotient
+        return rounds + 20 * max(numbers)
+    if name == "adamw" or "8bit" in name:
+        return rounds
+    return rounds + (8 * max(numbers) if device == "cpu" else 4 * sum(numbers))
 
 
 def _looks(passes: Passes, made: Model) -> list[tuple[str, int, int]]:

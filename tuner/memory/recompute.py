@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from tuner.compiling import passed
 from tuner.errors import UserError
 from tuner.family import Family
 from tuner.method import Method
@@ -37,20 +38,6 @@ def switch_on(family: Family, methods: Sequence[Method], again: Again = PLAIN) -
             _text(network, again)
         else:
             raise UserError(f"train.gradient_checkpointing: the {name} of this base does not offer it")
-
-
-def passed(family: Family, methods: Sequence[Method]) -> dict[str, Any]:
-    """The networks that gradients go through, by name."""
-    networks = family.modules()
-    if any(method.WHOLE_STEP for method in methods):
-        return {name: net for name, net in networks.items() if any(p.requires_grad for p in net.parameters())}
-    found = {"unet": networks["unet"]}
-    if any(not method.CACHES_TEXT for method in methods):
-        found |= family.text_encoders
-    for method in methods:
-        if (branch := method.control_branch()) is not None:
-            found["branch"] = branch
-    return found
 
 
 def _text(network: nn.Module, again: Again) -> None:

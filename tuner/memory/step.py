@@ -107,7 +107,7 @@ def drawn_together(model: Model, count: int) -> int:
 def cached(model: Model) -> tuple[bool, bool]:
     """Whether a step reads latents, and text, that were encoded before."""
     about = model.recipe.data
-    if about.cache == "off":
+    if about.cache == "off" or any(source.streamed for source in about.source):
         return False, False
     moves = about.crop == "random" or about.jitter is not None or model.family.inpainting
     latents = all(method.CACHES_LATENTS for method in model.methods) and not moves

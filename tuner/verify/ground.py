@@ -6,10 +6,7 @@ import importlib
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from safetensors.torch import load_file
-
-from tuner import base, checkpoint, optimiser, recipe
+from tuner import base, checkpoint, optimiser, recipe, rounding
 from tuner.checkpoint import State
 from tuner.data.cache import Hashes, default_folder
 from tuner.ema import Ema
@@ -86,14 +83,16 @@ def of_run(run: Path) -> Ground:
 
 def _restore(state: State, made: Recipe, task: Task) -> None:
     """What was trained, as exports have it: the averages where the run keeps some; see loop.train's end."""
-    task.load_tensors(load_file(state.folder / "trained.safetensors"))
+    if made.train.trained_precision == "bf16":
+        rounding.narrow(task.trained())
+    trained, saved = checkpoint.read(state, lazy=True)
+    task.load_tensors(trained)
     about, methods = made.train, task.each()
     groups = [group for method in methods for group in method.groups(about.learning_rate)]
     built = optimiser.build(groups, **about.optimiser.resolved(), learning_rate=about.learning_rate)
     averaging = optimiser.Averaging(built)
     if about.ema is None and not averaging.kept:
         return
-    saved = torch.load(state.folder / "state.pt", map_location="cpu", weights_only=True)
     if about.ema is not None:
         ema = Ema(task.named_trained(), about.ema)
         ema.load_state_dict(saved["ema"])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tuner import quantised
 from tuner.batch import Batch
 from tuner.family import Cond, Family
 from tuner.method import Method
@@ -135,6 +136,7 @@ def exact(family: Family, methods: Sequence[Method]) -> Iterator[None]:
         stack.enter_context(_random_kept(family.device))
         stack.enter_context(quiet())
         stack.enter_context(_float32(networks))
+        stack.enter_context(quantised.exact(networks))
         try:
             for network in networks:
                 network.eval()

@@ -60,6 +60,9 @@ def library(name: str, error: Exception) -> Callable[[World], None]:
     """It fails to be imported, in this way."""
 
     def make(world: World) -> None:
+        if name == "bitsandbytes":  # peft looks for it by itself, and remembers what it found
+            for asks in ("is_bnb_available", "is_bnb_4bit_available"):
+                world.patch.setattr(f"peft.tuners.lora.model.{asks}", lambda: False)
         load, built = importlib.import_module, builtins.__import__
 
         def fail(wanted: str, *rest: Any) -> Any:
@@ -209,8 +212,16 @@ ENVIRONMENT: list[Case] = [
     case("too few file handles", few_handles, "file handles", "ulimit -n"),
     case("fp16 without a GPU", without_gpu("train.precision", "fp16"), "train.precision: fp16 needs a GPU",
          "bf16, fp32 or auto"),
-    case("quantised without a GPU", without_gpu("base.quantise", "nf4"),
-         "base.quantise: nf4 needs a CUDA GPU", "set it to null"),
+    case("quantised without bitsandbytes",
+         asked("bitsandbytes", ModuleNotFoundError("No module named 'bitsandbytes'"), base__quantise="nf4"),
+         "base.quantise: nf4 needs bitsandbytes, which cannot be used here", "No module named",
+         "set it to null"),
+    case("bfloat16 weights without bfloat16",
+         sets(train__trained_precision="bf16", train__precision="fp32"),
+         "train.trained_precision: found bf16, but precision is fp32", "expected fp32, or precision bf16"),
+    case("bfloat16 weights of an optimiser that sees them all",
+         sets(train__trained_precision="bf16", train__precision="bf16", train__optimiser="prodigy"),
+         "trained_precision: bf16 needs an optimiser that updates each tensor by itself", "found prodigy"),
     case("bitsandbytes is not there",
          asked("bitsandbytes", ModuleNotFoundError("No module named 'bitsandbytes'"),
          train__optimiser="adamw8bit"),
