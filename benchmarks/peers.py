@@ -4,8 +4,9 @@
 
 DIFFUSERS is a checkout of diffusers, whose examples/ hold the scripts; they need torchvision besides what
 this project needs. Both sides train from the embedded base on the same 64 pictures of the shapes world (drawn
-by datasets/shapes/prepare.py) with the same batch, resolution, learning rate, AdamW, seed and number of threads,
-in fresh processes, in the order A-B-A-B, with cold caches (PYTHONPATH is for the scripts alone). Settings:
+by datasets/shapes/prepare.py) with the same batch, resolution, learning rate, AdamW, seed and number of
+threads, in fresh processes, in the order A-B-A-B, with cold caches (PYTHONPATH is for the scripts alone).
+Settings:
 
     default     each as it comes, both in float32
     allocator   the same, and the same settings of glibc's allocator for both (ours sets its own otherwise)
@@ -88,7 +89,7 @@ CASES = {
         "learned_embeds.safetensors",
         "{textual_inversion: {token: <new>, init: shape, templates: object}}",
         "{source: DATA/words, heldout: DATA/heldout_words, flip: true",
-        "<new>.safetensors",
+        "run.safetensors",
         "{textual_inversion: {token: <new>, init: RESULT, templates: object}}",
         5e-3,
         "null",  # the script has no limit

@@ -2,7 +2,7 @@
 
 By itself glibc gives large freed blocks back to the system, and each step asks for the same ones again, page
 by page. Told to keep them, a training step on the CPU has a few page faults in place of thousands
-(benchmarks/threads.py), and its peak is the same.
+(benchmarks/cpu.py), and its peak is the same.
 """
 
 from __future__ import annotations

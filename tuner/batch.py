@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,17 +36,6 @@ class Batch:
     sizes: Tensor | None = None  # [B, 6] pixels: original height, width; crop's top, left; height, width
     hole: Tensor | None = None  # [B, 1, H, W], 1 where an inpainting base is to fill the picture, else 0
     mask: Tensor | None = None  # [B, 1, h, w] >= 0, how much each place of the latents counts in the loss
-
-    def parts(self, count: int) -> list[Batch]:
-        """At most `count` batches of consecutive samples whose losses add up to this one's, none empty."""
-        size = len(self.names)
-        ends = [size * i // min(count, size) for i in range(min(count, size) + 1)]
-        return [self._part(start, end) for start, end in pairwise(ends)]
-
-    def _part(self, start: int, end: int) -> Batch:
-        part = self._each(lambda tensor: tensor[start:end])
-        tokens = None if part.tokens is None else part.tokens.only(start, end)
-        return replace(part, names=self.names[start:end], captions=self.captions[start:end], tokens=tokens)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on a device."""

@@ -9,7 +9,7 @@ Looked for are
 - a trained tensor without any gradient, or still all zeros, after WITHIN steps;
 - trained tensors that are not finite, before each checkpoint.
 
-What a step reports stays on the device until it is read in lots (loop.Meter), so a GPU is never waited for
+What a step reports stays on the device until it is read in lots (meter.Meter), so a GPU is never waited for
 because of the guard; the steps of a lot are judged in their order, and a bad one is found exactly. Nothing
 here changes a number of a healthy run.
 """
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuner.sharding import local
+from tuner.processes import own_part
 from tuner.task import Task
 
 RECENT, WINDOW, ENOUGH = 20, 500, 40
@@ -171,7 +171,7 @@ class Watch:
             return
         each = self.task.trained()
         none = torch.zeros((), dtype=torch.bool, device=each[0].device)
-        seen = torch.stack([none if p.grad is None else (local(p.grad) != 0).any() for p in each])
+        seen = torch.stack([none if p.grad is None else (own_part(p.grad) != 0).any() for p in each])
         self._seen = seen if self._seen is None else self._seen | seen
 
     def kept(self) -> None:
@@ -212,7 +212,7 @@ class Watch:
     def weights(self, step: int) -> Fault | None:
         """Judge the trained tensors, before they are written."""
         tensors = self.task.tensors()
-        bad = torch.stack([~local(tensor).isfinite().all() for tensor in tensors.values()])
+        bad = torch.stack([~own_part(tensor).isfinite().all() for tensor in tensors.values()])
         found = self.task.anywhere(bad).tolist()
         wrong = [name for name, is_so in zip(tensors, found, strict=True) if is_so]
         if not wrong:
@@ -252,7 +252,7 @@ class Watch:
         judged = [name for name in self._names if not name.endswith(UNSEEN)]
         dead = [n for n, had in zip(self._names, seen, strict=True) if not had and n in judged]
         free = {n: p for n, p in self.task.named_trained() if n in judged and n not in self._locked}
-        moves = [local(p).any() for p in free.values()]
+        moves = [own_part(p).any() for p in free.values()]
         moved = self.task.anywhere(torch.stack(moves)).tolist() if free else []
         still = [name for name, has in zip(free, moved, strict=True) if not has]
         told = [f"{len(still)} trained tensors began as zeros and never moved: {_few(still)}"] * bool(still)

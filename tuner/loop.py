@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,13 +28,13 @@ from tuner.evaluate.measures import probe
 from tuner.family import Family
 from tuner.guard import Diverged, Watch
 from tuner.log import Log
+from tuner.meter import Meter
 from tuner.method import Card, Method
 from tuner.progress import Progress, say
 from tuner.recipe import Recipe
 from tuner.rounding import Rounded
 from tuner.signals import Stop
 from tuner.task import Task
-from tuner.threads import Threads, sound
 from tuner.training import Train
 
 FLUSH = 10
@@ -70,10 +70,8 @@ class Run:
         about = self.recipe.preview
         if not about.every or not self.accelerator.is_main_process:
             return None
-        size = self.data.size
-        sampler = sample.Sampler(
-            self.task, self.accelerator, size, about.steps, about.guidance, about.negative, about.seed
-        )
+        more = (self.data.size, about.steps, about.guidance, about.negative, about.seed)
+        sampler = sample.Sampler(self.task, self.accelerator, *more)
         return sample.Previews(sampler, self.heldout, about.prompts, about.count)
 
 
@@ -91,7 +89,6 @@ class Made:
     meter: Meter
     previews: sample.Previews | None
     compiled: Compiling
-    threads: Threads | None  # where micro-batches are computed in parts
 
 
 def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
@@ -156,16 +153,7 @@ def make(run: Run, log: Log) -> Made:
         meter,
         run.previews(),
         Compiling.of(run.recipe, run.task, run.plan, run.division, accelerator, run.steps),
-        _threads(run, task),
     )
-
-
-def _threads(run: Run, task: nn.Module) -> Threads | None:
-    """What computes micro-batches in parts, where that is sound."""
-    accelerator, again = run.accelerator, run.recipe.train.gradient_checkpointing
-    if again or not sound(run.family, run.methods, accelerator.device, accelerator.num_processes):
-        return None
-    return Threads(task, run.task.trained(), torch.get_num_threads())
 
 
 def _steps(run: Run, made: Made, start: int, stop: Stop) -> bool:
@@ -317,12 +305,9 @@ def one_step(run: Run, made: Made, batches: Iterator[Batch], step: int) -> tuple
         counted.seed_libraries(run.recipe.train.seed, step, micro, run.division.rank)
         last = micro + 1 == accumulate
         with run.task.gathering(made.task, accelerator, last), made.compiled.on(batch):
-            if made.threads is not None and made.compiled.state != "on" and made.threads.fit(batch):
-                loss = made.threads.backward(batch)
-            else:
-                loss, figures = made.task(batch)
-                # DDP takes the mean over processes; the loss is this process's part of the batch's mean.
-                accelerator.backward(loss * run.division.processes)
+            loss, figures = made.task(batch)
+            # DDP takes the mean over processes; the loss is this process's part of the mean over the batch.
+            accelerator.backward(loss * run.division.processes)
         total += loss.detach()
     made.watch.gradients()
     for method in run.methods:
@@ -397,50 +382,3 @@ def validate(run: Run, heldout: Feed) -> float:
         with run.accelerator.autocast():
             total += run.task.evaluate(batch).double().sum().cpu()
     return float(run.accelerator.reduce(total.to(run.accelerator.device), "sum")) / count
-
-
-class Meter:
-    """Collects what steps report and writes it in lots, so that the device is waited for seldom."""
-
-    def __init__(self, accelerator: Accelerator, log: Log, watch: Watch) -> None:
-        self.accelerator, self.log, self.watch = accelerator, log, watch
-        self.rows: list[tuple[int, dict[str, Tensor], float]] = []
-        self.last = math.nan
-        self.waits: Callable[[], float] = lambda: 0.0  # the share of the time in which batches are waited for
-
-    def add(self, step: int, figures: dict[str, Tensor], learning_rate: float) -> None:
-        """Keep a step's figures; tensors stay on the device."""
-        self.rows.append((step, figures, learning_rate))
-
-    def flush(self, speed: float) -> None:
-        """Write what was kept, and judge it, a step after the other.
-
-        Raises:
-            Diverged: the guard found something. The rows behind it are not written.
-        """
-        if not self.rows:
-            return
-        rows, self.rows = self.rows, []
-        names, waits = list(rows[0][1]), self.waits()
-        table = torch.stack(
-            [torch.stack([figures[n].detach().float() for n in names]) for _, figures, _ in rows]
-        )
-        summed = self.accelerator.reduce(table, "sum").cpu()
-        for (step, _, rate), values in zip(rows, summed.tolist(), strict=True):
-            row = dict(zip(names, values, strict=True))
-            row |= {n: v / self.accelerator.num_processes for n, v in row.items() if n != "loss"}
-            others = {"learning_rate": rate, "images_per_second": speed, "data_wait": waits}
-            self.log.scalars(step, {**row, **others})
-            self.last = row["loss"]
-            fault = self.watch.row(step, row, rate) or (self.watch.lot(step) if step == rows[-1][0] else None)
-            if fault is not None:
-                raise Diverged(fault, row)
-
-    def check_weights(self, step: int) -> None:
-        """Before they are written.
-
-        Raises:
-            Diverged: they are not finite.
-        """
-        if (fault := self.watch.weights(step)) is not None:
-            raise Diverged(fault, {})

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from tuner.errors import UserError
@@ -202,3 +203,14 @@ def first(words: str) -> bool:
     asking.start()
     asking.join(ANSWER)
     return before[0] == 1 if before else number == 0
+
+
+def is_parted(tensor: object) -> bool:
+    """Whether a tensor is one that processes share out (torch's DTensor)."""
+    return hasattr(tensor, "to_local")
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor: all of one that is not parted."""
+    part: Tensor = tensor.to_local() if is_parted(tensor) else tensor  # type: ignore[attr-defined]
+    return part

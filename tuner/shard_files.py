@@ -15,16 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 
 from tuner.disk import writing
 from tuner.errors import UserError
-from tuner.sharding import like
+from tuner.processes import is_parted
+
+# What parts and writes takes a second to import: only where something is parted.
 
 FOLDER = "shards"
 
@@ -38,7 +34,7 @@ def take(trained: dict[str, Tensor], state: Mapping[str, Any]) -> dict[str, Tens
     """
     found: dict[str, Tensor] = {}
     for place, tree in _trees(trained, state):
-        for name in [name for name, value in tree.items() if isinstance(value, DTensor)]:
+        for name in [name for name, value in tree.items() if is_parted(value)]:
             found[f"{place}/{name}"] = tree.pop(name)
     return found
 
@@ -65,6 +61,10 @@ def part(alike: Mapping[str, Tensor], trained: dict[str, Tensor], state: Mapping
     Args:
         alike: the present run's trained tensors, as `of` looks them up.
     """
+    if not any(map(is_parted, alike.values())):
+        return
+    from tuner.sharding import like
+
     for place, tree in _trees(trained, state):
         for name, value in tree.items():
             other = of(f"{place}/{name}", alike)
@@ -85,6 +85,10 @@ def write(folder: Path, parted: Mapping[str, Tensor]) -> None:
     Raises:
         DiskError: of one of them it cannot be written.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with writing(folder):
         try:
@@ -105,6 +109,10 @@ def read(folder: Path, alike: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UserError: the files do not hold whole tensors.
     """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
+
     reader = HuggingFaceStorageReader(str(folder))
     about = reader.read_metadata().state_dict_metadata
     empty: dict[str, Tensor] = {}
@@ -113,7 +121,7 @@ def read(folder: Path, alike: Mapping[str, Tensor]) -> dict[str, Tensor]:
         other = of(name, alike)
         if sum(math.prod(chunk.sizes) for chunk in one.chunks) != math.prod(one.size):
             raise UserError(f"{folder}: a part of {name} is missing")
-        if isinstance(other, DTensor) and other.shape == one.size:
+        if other is not None and is_parted(other) and other.shape == one.size:
             empty[name] = torch.empty_like(other, dtype=one.properties.dtype)
         else:
             empty[name] = torch.empty(one.size, dtype=one.properties.dtype)

@@ -28,6 +28,7 @@ from tuner.adapters.layers import path_of
 from tuner.errors import UserError
 from tuner.family import Family
 from tuner.method import Method
+from tuner.processes import own_part
 from tuner.training import Train
 
 BLOCK = re.compile(
@@ -207,6 +208,47 @@ class Shards:
             here.clear()  # in place: handles know this very dictionary
             here.update(hooks[name])
 
+    @staticmethod
+    @torch.no_grad()
+    def average(parameters: Sequence[nn.Parameter]) -> None:
+        """Put the processes' mean into the gradients of parameters that are not parted, as DDP does.
+
+        What has none counts as zero.
+        """
+        whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        if not whole:
+            return
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in whole]
+        flat = torch.cat([part.flatten() for part in parts]) / dist.get_world_size()
+        dist.all_reduce(flat)
+        means = torch.split(flat, [p.numel() for p in whole])
+        for parameter, mean in zip(whole, means, strict=True):
+            parameter.grad = mean.view_as(parameter).to(parameter.dtype)
+
+    @staticmethod
+    @torch.no_grad()
+    def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+        """Scale gradients, parted and whole ones, to a norm of at most `most`; the norm before, a number."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not any(isinstance(gradient, DTensor) for gradient in gradients):
+            return torch.nn.utils.clip_grad_norm_(parameters, most)
+        parted = [own_part(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
+        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        squares = torch.stack(torch._foreach_norm(parted)).square().sum()
+        dist.all_reduce(squares)
+        if whole:
+            squares += torch.stack(torch._foreach_norm(whole)).square().sum()
+        norm = squares.sqrt()
+        torch._foreach_mul_([*parted, *whole], (most / (norm + 1e-6)).clamp(max=1.0))  # as torch scales them
+        return norm
+
+    @staticmethod
+    def anywhere(flags: Tensor) -> Tensor:
+        """Flags [n] (bool) that are set on any process."""
+        count = flags.to(torch.int32)
+        dist.all_reduce(count, dist.ReduceOp.MAX)
+        return count.bool()
+
 
 def _parted(network: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     """Every place of a parted parameter: the module, its name there, itself."""
@@ -219,55 +261,9 @@ def _parted(network: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     return [(module, name, p) for module, name, p in every if isinstance(p, DTensor)]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor: all of one that is not parted."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def like(tensor: Tensor, other: Tensor) -> Tensor:
     """A whole tensor parted as another of its shape is; as it is where that one is whole."""
     if not isinstance(other, DTensor) or isinstance(tensor, DTensor) or tensor.shape != other.shape:
         return tensor
     own = tensor.to(other.device)  # every process has all of it: nothing is sent
     return distribute_tensor(own, other.device_mesh, other.placements, src_data_rank=None)
-
-
-@torch.no_grad()
-def average(parameters: Sequence[nn.Parameter]) -> None:
-    """Put the processes' mean into the gradients of parameters that are not parted, as DDP does.
-
-    What has none counts as zero.
-    """
-    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    if not whole:
-        return
-    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in whole]
-    flat = torch.cat([part.flatten() for part in parts]) / dist.get_world_size()
-    dist.all_reduce(flat)
-    means = torch.split(flat, [p.numel() for p in whole])
-    for parameter, mean in zip(whole, means, strict=True):
-        parameter.grad = mean.view_as(parameter).to(parameter.dtype)
-
-
-@torch.no_grad()
-def clip(parameters: Sequence[nn.Parameter], most: float) -> Tensor:
-    """Scale gradients, parted and whole ones, to a norm of at most `most`; the norm before, a number."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if not any(isinstance(gradient, DTensor) for gradient in gradients):
-        return torch.nn.utils.clip_grad_norm_(parameters, most)
-    parted = [local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
-    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    squares = torch.stack(torch._foreach_norm(parted)).square().sum()
-    dist.all_reduce(squares)
-    if whole:
-        squares += torch.stack(torch._foreach_norm(whole)).square().sum()
-    norm = squares.sqrt()
-    torch._foreach_mul_([*parted, *whole], (most / (norm + 1e-6)).clamp(max=1.0))  # as torch scales them
-    return norm
-
-
-def anywhere(flags: Tensor) -> Tensor:
-    """Flags [n] (bool) that are set on any process."""
-    count = flags.to(torch.int32)
-    dist.all_reduce(count, dist.ReduceOp.MAX)
-    return count.bool()

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from tuner import device, sharding
+from tuner import device
 from tuner.batch import Batch
 from tuner.export import embedding, files
 from tuner.export.metadata import with_hash
@@ -20,6 +19,9 @@ from tuner.family import Cond, Family
 from tuner.method import Card, Method
 from tuner.objective import Objective
 from tuner.text import Text, Tokens
+
+if TYPE_CHECKING:
+    from tuner.sharding import Shards
 
 
 class Task(nn.Module):
@@ -32,9 +34,8 @@ class Task(nn.Module):
         super().__init__()
         self.methods = nn.ModuleList(methods)
         object.__setattr__(self, "family", family)
-        self._reading = Lock()  # new words are put into an encoder for the time of a call
         self.objective = objective
-        self.shards: sharding.Shards | None = None
+        self.shards: Shards | None = None
 
     family: Family
 
@@ -43,6 +44,8 @@ class Task(nn.Module):
         asked = device.sharding()
         assert self.shards is None
         if asked is not None and accelerator.num_processes > 1:
+            from tuner import sharding  # torch's part of it takes long to import
+
             found = sharding.networks(self.family, self.each())
             self.shards = sharding.Shards(found, accelerator, asked.reshard)
 
@@ -70,7 +73,7 @@ class Task(nn.Module):
             self.shards.last(last)
             yield
             if last:
-                sharding.average(self.trained())
+                self.shards.average(self.trained())
         elif last:
             yield
         else:
@@ -80,13 +83,13 @@ class Task(nn.Module):
     def clip(self, accelerator: Accelerator, most: float) -> Tensor:
         """Scale the gradients to a norm of at most `most`; the norm before, a number."""
         if self.shards is not None:
-            return sharding.clip(self.trained(), most)
+            return self.shards.clip(self.trained(), most)
         norm: Tensor = accelerator.clip_grad_norm_(self.trained(), most)
         return norm
 
     def anywhere(self, flags: Tensor) -> Tensor:
         """Flags [n] about the trained tensors, set where any process that holds a part of them has it."""
-        return flags if self.shards is None else sharding.anywhere(flags)
+        return flags if self.shards is None else self.shards.anywhere(flags)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch's part of the optimiser step's loss, and figures to log.
@@ -172,7 +175,7 @@ class Task(nn.Module):
         methods = self.each()
         rows = {encoder: table for method in methods for encoder, table in method.new_rows().items()}
         learns = not all(method.CACHES_TEXT for method in methods)
-        with self._reading, torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             return self.family.encode_prompts(tokens, rows or None)
 
     def _predict(self, x_t: Tensor, t: Tensor, cond: Cond, batch: Batch) -> Tensor:

@@ -25,11 +25,6 @@ class Tokens(NamedTuple):
         """For every text encoder what it reads."""
         return (self,) if self.second is None else (self, *self.second.each())
 
-    def only(self, start: int, end: int) -> Tokens:
-        """The same tensors, which are those of captions `start` to `end` alone; the rest likewise."""
-        second = None if self.second is None else self.second.only(start, end)
-        return Tokens(self.ids, self.ends, self.cut[start:end], second)
-
     def map(self, change: Callable[[Tensor], Tensor]) -> Tokens:
         """The same with every tensor changed."""
         second = None if self.second is None else self.second.map(change)

@@ -21,7 +21,6 @@ from tuner.data.loader import Division, stream
 from tuner.data.plan import Plan, Slot
 from tuner.errors import UserError
 from tuner.family import Family
-from tuner.threads import Threads
 
 Bench = Any  # of conftest.py, which cannot be imported
 Case = Any
@@ -215,27 +214,6 @@ def test_a_step_in_micro_batches_is_the_same_step(bench: Bench, step: int) -> No
         for name, gradient in whole.items():
             scale = float(gradient.abs().max())
             torch.testing.assert_close(parts[name], gradient, rtol=1e-4, atol=2e-5 * scale + 1e-8)
-
-
-def test_parts_on_threads_are_the_same_step_and_the_same_bits_each_time(bench: Bench) -> None:
-    if not bench.case.divides:
-        pytest.skip("its loss is one of a whole batch")
-    bench.wake()
-    batch = bench.batch()
-    whole, _ = bench.task(batch)
-    whole.backward()
-    expected, found = bench.gradients(), []
-    together = Threads(bench.task, bench.task.trained(), 3)  # parts of 1, 1 and 2 samples
-    for _ in range(3):
-        bench.task.zero_grad()
-        loss = together.backward(batch)
-        torch.testing.assert_close(loss, whole.detach(), rtol=1e-5, atol=1e-7)
-        found.append(bench.gradients())
-    together.close()
-    for name, gradient in expected.items():
-        size = float(gradient.norm())
-        assert float((found[0][name] - gradient).norm()) <= 1e-4 * size + 1e-8, name
-        assert all(torch.equal(again[name], found[0][name]) for again in found), name
 
 
 def test_places_of_weight_0_count_for_nothing(bench: Bench) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tuner import base, build, recipe, single_file
+from tuner import base, build, fits, recipe, single_file
 from tuner.data import holes
 from tuner.data.cache import Hashes
 from tuner.errors import UserError
@@ -325,7 +325,7 @@ def test_text_options_have_no_effect_on_methods_that_make_a_base(
     about = written(tmp_path, folders["sd1"], name, f", {key}: 2")
     method = models.method_of(name, models.family_of(folders["sd1"], name))
     with pytest.raises(UserError, match=rf"base\.{key}: method {name} reads no prompt"):
-        build.check_uses(about, [method])
+        fits.check_uses(about, [method])
 
 
 @pytest.mark.parametrize("name", ["sd2", "sd1_inpaint"])

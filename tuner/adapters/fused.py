@@ -1,7 +1,7 @@
 """A linear layer with its LoRA as one operation.
 
 peft adds an adapter's product to its layer's output in a chain of modules and operations. Here the products
-are added up where they are made: fewer passes over memory, fewer calls (benchmarks/threads.py). For
+are added up where they are made: fewer passes over memory, fewer calls (benchmarks/cpu.py). For
 y = x W' + b + s (x A') B' with gradient g, the gradients are dx = g W + s (g B) A, dA = s (g B)' x and
 dB = s g' (x A'), each a matrix product.
 """

@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from tuner.adapters import fused
 from tuner.adapters.targets import Slot
 from tuner.errors import UserError
 from tuner.export import lycoris
@@ -77,6 +76,8 @@ def inject(host: nn.Module, slots: Mapping[str, Slot], how: Making, seed: int) -
         slots: by the layers' paths within the network.
     """
     from peft import inject_adapter_in_model
+
+    from tuner.adapters import fused
 
     with torch.random.fork_rng(), _taken_for_float32([host.get_submodule(path) for path in slots]):
         torch.manual_seed(seed)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tuner import base, build, components, verify
+from tuner import base, build, components, fits, verify
 from tuner.check.findings import Findings
 from tuner.data.cache import Hashes
 from tuner.errors import UserError
@@ -36,8 +36,8 @@ def look(recipe: Recipe, accelerator: Accelerator, hashes: Hashes, found: Findin
     kinds = {name: importlib.import_module(f"tuner.methods.{name}").METHOD for name in recipe.method}
     needs = sorted({need for kind in kinds.values() for need in kind.NEEDS})
     trains = {name for kind in kinds.values() for name in kind.TRAINS}
-    found.attempt("base", lambda: build.check_quantised(recipe, needs, trains))
-    found.attempt("train", lambda: build.check_rounded(recipe, accelerator))
+    found.attempt("base", lambda: fits.check_quantised(recipe, needs, trains))
+    found.attempt("train", lambda: fits.check_rounded(recipe, accelerator))
     options = build.base_options(recipe, accelerator, kinds)
     found.attempt("base", lambda: base.check_options(options, needs))
     family = _family(recipe, needs, options, hashes, found)
@@ -52,12 +52,12 @@ def look(recipe: Recipe, accelerator: Accelerator, hashes: Hashes, found: Findin
         if whole is not None:
             family, made = cast(StableDiffusion, whole.family), whole.each()
     methods = made or None
-    found.attempt("method", lambda: build.check_size(recipe, family))
+    found.attempt("method", lambda: fits.check_size(recipe, family))
     objective = found.attempt("objective", lambda: build.make_objective(recipe, family))
     if methods is None:
         found.unchecked.append("what is trained, and captions as the method changes them: see the problems")
         return None
-    found.attempt("method", lambda: build.check_uses(recipe, methods))
+    found.attempt("method", lambda: fits.check_uses(recipe, methods))
     found.attempt("method", lambda: verify.check_names(recipe.name, family, methods))
     if objective is None:
         return None

@@ -84,16 +84,14 @@ def plan(recipe: Recipe, processes: int = 1, device: str = "cpu", passes: Passes
     passes = Passes() if passes is None else passes
     libraries = baseline() if device == "cpu" else CONTEXT
     chosen = precision(recipe, device)
-    made = passes.model(recipe, device, machine.DTYPES[chosen])
-    trained = made.trained()
+    trained = (made := passes.model(recipe, device, machine.DTYPES[chosen])).trained()
     pictures, one = _largest(passes, made, processes)
     kept, paged = state.state(recipe.train.optimiser, trained)
     buckets = nbytes(trained) if processes > 1 else 0
     ema = 4 * sum(p.numel() for p in trained) if recipe.train.ema is not None else 0
     caches = any(step.cached(made))
     before = passes.run("encoding", made, lambda: step.encoding(made)) if caches else Pass(0)
-    weights, beside = _weights(made), _beside(made)
-    held = sum(weights.values()) + beside + kept + ema + buckets
+    held = sum((weights := _weights(made)).values()) + (beside := _beside(made)) + kept + ema + buckets
     aside = sum(weights[name] for name in _aside(made))
     slack = 1.0 if device == "cpu" else 1.0 + SLACK
     loaded, update = _stored(made, made.loaded), one.gradients + _scratch(recipe, device, trained)
