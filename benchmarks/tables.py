@@ -119,6 +119,33 @@ def steps(rows: Sequence[Row]) -> list[str]:
     return [*table(names, speed), "", *table(["share of the step", *SHARES], parts)]
 
 
+def peers(rows: Sequence[Row]) -> list[str]:
+    """Of benchmarks/peers.py: both sides, and theirs over ours."""
+    names = ["method", "setting", "precision", "s to the last step", "steps/s", "peak MiB", "validation loss"]
+    ratios = ["from cold start (rounds)", "steady", "CPU seconds", "memory"]
+    lines = []
+    for row in rows:
+        sides = (row["theirs"], row["ours"])
+
+        def both(key: str, form: str, sides: tuple[Row, Row] = sides) -> str:
+            return " / ".join(format(side[key], form) for side in sides)
+
+        lines.append(
+            [
+                row["method"],
+                row["setting"],
+                both("precision", ""),
+                both("to_last_step", ".0f"),
+                both("steps_per_second", ".2f"),
+                both("peak_mib", ".0f"),
+                both("validation_loss", ".5f"),
+                f"{row['cold_start_ratio']:.2f} ({', '.join(f'{pair:.2f}' for pair in row['pairs'])})",
+                *(f"{row[key]:.2f}" for key in ("steady_ratio", "cpu_ratio", "memory_ratio")),
+            ]
+        )
+    return ["Theirs / ours:", "", *table([*names, *ratios], lines)]
+
+
 def plain(rows: Sequence[Row]) -> list[str]:
     """Any result: a column for each value that differs between rows, and a line for those that do not."""
     flat = [flattened(row) for row in rows]
@@ -152,7 +179,7 @@ def shape(value: Any) -> str:
     return str(value).replace("|", "\\|")
 
 
-KNOWN: dict[str, Callable[[Sequence[Row]], list[str]]] = {"steps": steps}
+KNOWN: dict[str, Callable[[Sequence[Row]], list[str]]] = {"peers": peers, "steps": steps}
 
 if __name__ == "__main__":
     main()

@@ -29,7 +29,8 @@ bash launch/setup.sh # once, not on every machine
 
 export SETUP=no NODES="${SLURM_JOB_NUM_NODES:-1}"
 if ((NODES > 1)); then
-  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  MASTER_ADDR=${hosts%%$'\n'*} # the first line: a pipe into head would now and then end with SIGPIPE
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
   export MASTER_ADDR MASTER_PORT
 fi

@@ -131,6 +131,8 @@ def train(run: Run, log: Log, state: State | None, stop: Stop) -> bool:
 
 def make(run: Run, log: Log) -> Made:
     recipe, accelerator = run.recipe.train, run.accelerator
+    for method in run.methods:
+        method.train_mode(True)
     watch = Watch(run.task, accelerator.scaler, recipe.guard.policy != "off")
     run.task.share_out(accelerator)
     made = build_optimiser(run.methods, recipe)
@@ -297,7 +299,8 @@ def one_step(run: Run, made: Made, batches: Iterator[Batch], step: int) -> tuple
     """One optimiser step over all its micro-batches; this process's part of the loss, and the figures."""
     accelerator, accumulate = run.accelerator, run.division.accumulate
     for method in run.methods:
-        method.train_mode(True)
+        if not method.training:  # since a look; it goes through every layer
+            method.train_mode(True)
     total = torch.zeros((), device=accelerator.device)
     figures: dict[str, Tensor] = {}
     for micro in range(accumulate):

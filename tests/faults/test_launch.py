@@ -92,8 +92,8 @@ def begin(checkout: Path, script: str, ready: int, *arguments: str, **more: str)
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        # Tests that were started in the background ignore Ctrl-C, and no shell below them could trap it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        # Tests that were started in the background or by nohup ignore these, and no shell below could trap them.
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],
     )
     until = time.monotonic() + 60
     while told(checkout).count("ready recipe.yaml key=1") < ready and time.monotonic() < until:

@@ -364,7 +364,7 @@ def test_the_code_does_nothing_that_is_forbidden() -> None:
     wrong = [f"{file.relative_to(ROOT)}:{one}" for file in files for one in faults(file.read_text())]
     assert wrong == []
     loads = sum(file.read_text().count("torch.load(") for file in files)
-    assert loads >= 3  # so that the rule above has something to look at
+    assert loads >= 1  # so that the rule above has something to look at
 
 
 def test_programs_are_started_in_one_place() -> None:

@@ -97,7 +97,7 @@ def test_controlnet_sends_gradients_through_the_decoder_only(bench: Any, begun: 
     _, branch = count(bench, begun("controlnet", "embedded"))
     forward, backward = full.networks["unet"]
     assert 1.5 * forward < backward < 2 * forward
-    assert branch.networks["unet"][0] == forward > branch.networks["unet"][1] > 0.5 * forward
+    assert branch.networks["unet"][0] == forward > branch.networks["unet"][1] > 0.4 * forward
     assert 1.5 < branch.networks["branch"][1] / branch.networks["branch"][0] < 2
 
 
