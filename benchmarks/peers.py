@@ -89,7 +89,7 @@ CASES = {
         "learned_embeds.safetensors",
         "{textual_inversion: {token: <new>, init: shape, templates: object}}",
         "{source: DATA/words, heldout: DATA/heldout_words, flip: true",
-        "run.safetensors",
+        "new.safetensors",
         "{textual_inversion: {token: <new>, init: RESULT, templates: object}}",
         5e-3,
         "null",  # the script has no limit

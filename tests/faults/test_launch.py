@@ -92,7 +92,7 @@ def begin(checkout: Path, script: str, ready: int, *arguments: str, **more: str)
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        # Tests that were started in the background or by nohup ignore these, and no shell below could trap them.
+        # Tests started in the background or by nohup ignore these, and no shell below could trap them.
         preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],
     )
     until = time.monotonic() + 60

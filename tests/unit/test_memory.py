@@ -189,9 +189,7 @@ def test_weights_in_bfloat16_take_half(made: Any) -> None:
 def test_weights_in_bfloat16_are_suggested(
     made: Any, method: str, there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        rounding, "LOT", 1
-    )  # else all of the tiny base is updated together, which saves nothing
+    monkeypatch.setattr(rounding, "LOT", 1)  # else the tiny base is updated in one lot: nothing is saved
     asked = made(method, batch=1)
     train = asked.train.model_copy(update={"precision": "bf16"})
     asked = asked.model_copy(update={"train": train})
