@@ -16,6 +16,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # also where the package is not installed
 
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 from tuner import loop, memory, recipe, run  # noqa: E402
@@ -44,6 +45,7 @@ def main(processes: int, proved: bool, out: Path, places: list[Path]) -> None:
 
     loop.train = looked
     for place in places:
+        AcceleratorState._reset_state()  # it keeps the precision of the run before
         assert run.train(recipe.load(place)) == 0
 
 

@@ -35,6 +35,7 @@ data:
   resolution: 32
   cache: {cache}
   heldout: {data}
+  captions: {captions}
 train:
   steps: {steps}
   batch_size: 4
@@ -66,6 +67,7 @@ USUAL: dict[str, Any] = {
     "ema": 0.9,
     "resume": "auto",
     "precision": "fp32",
+    "captions": "{}",
     "checkpointing": "false",
 }
 ADAMW = {"optimiser": "{name: adamw}", "rate": 0.001}
@@ -236,7 +238,8 @@ def test_a_missing_part_is_named_and_the_checkpoint_passed_over(
 OTHERS: dict[str, dict[str, Any]] = {
     "controlnet": {"method": "controlnet: {condition: canny, unlock_decoder_at: 1}", "ema": "null"},
     "words": {
-        "method": "textual_inversion: {token: <new>, init: red, replace: toy}",
+        "method": "textual_inversion: {token: <new>, init: red}",
+        "captions": "{prefix: '<new> '}",
         "rate": 0.5,
         "ema": "null",
         "clip": "null",
